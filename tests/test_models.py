@@ -1,0 +1,79 @@
+"""The catalogue: ranks of real models, and the errors for what is not in it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from workbench.errors import InputError
+from workbench.models import ALIASES, MODELS, shape_of_alias, shape_of_model
+from workbench.problem import MoEShape
+
+
+@pytest.mark.parametrize(
+    ("model", "tp", "expected"),
+    [
+        ("deepseek-v3", 16, MoEShape(257, 7168, 128, 9, 1)),
+        ("deepseek-v3", 8, MoEShape(257, 7168, 256, 9, 1)),
+        ("deepseek-v4-pro", 16, MoEShape(385, 7168, 192, 7, 1)),
+        ("kimi-k2", 8, MoEShape(385, 7168, 256, 9, 1)),
+        ("qwen3-next-80b-a3b", 4, MoEShape(513, 2048, 128, 11, 1)),
+        ("qwen3-30b-a3b", 1, MoEShape(128, 2048, 768, 8)),
+        ("mixtral-8x7b", 2, MoEShape(8, 4096, 7168, 2)),
+        ("llama-4-maverick", 4, MoEShape(129, 5120, 2048, 2, 1)),
+    ],
+)
+def test_a_rank_has_all_experts_with_a_share_of_i(model: str, tp: int, expected: MoEShape) -> None:
+    assert shape_of_model(model, tp) == expected
+    assert str(shape_of_model(model, tp)) == f"{model}_tp{tp}"
+
+
+def test_every_model_is_a_valid_layer_at_tp_1() -> None:
+    for name, model in MODELS.items():
+        shape = shape_of_model(name, 1)
+        assert shape.w13_rows == 2 * model.intermediate_size
+        assert shape.top_k == model.top_k + model.num_shared_experts
+
+
+def test_rows_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        MODELS["deepseek-v3"].top_k = 9  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("alias", "experts", "w13_rows", "hidden_size", "top_k", "shared"),
+    [
+        ("dsv3_tp16", 257, 256, 7168, 9, 1),
+        ("dsv3_tp8", 257, 512, 7168, 9, 1),
+        ("qwen3next_tp4", 512, 256, 2048, 10, 0),
+        ("tiny", 8, 256, 256, 2, 0),
+        ("tiny_shared", 9, 256, 512, 3, 1),
+    ],
+)
+def test_aliases(alias: str, experts: int, w13_rows: int, hidden_size: int, top_k: int, shared: int) -> None:
+    shape = shape_of_alias(alias)
+    assert (shape.num_experts, shape.w13_rows, shape.hidden_size) == (experts, w13_rows, hidden_size)
+    assert (shape.top_k, shape.num_shared_experts, str(shape)) == (top_k, shared, alias)
+
+
+def test_aliases_of_a_model_are_its_ranks() -> None:
+    assert ALIASES["dsv3_tp16"] == shape_of_model("deepseek-v3", 16)
+    assert ALIASES["dsv3_tp8"] == shape_of_model("deepseek-v3", 8)
+
+
+def test_an_unknown_model_is_refused_with_the_names_there_are() -> None:
+    with pytest.raises(InputError, match=r"model: expected one of deepseek-r1, .*ling-1t.*; got 'gpt'"):
+        shape_of_model("gpt", 1)
+
+
+def test_an_unknown_alias_is_refused_with_the_names_there_are() -> None:
+    with pytest.raises(InputError, match=r"shape: expected one of dsv3_tp16, .*tiny_shared; got 'huge'"):
+        shape_of_alias("huge")
+
+
+@pytest.mark.parametrize("tp", [0, -1, 3, 4096])
+def test_a_tp_that_does_not_divide_i_is_refused(tp: int) -> None:
+    expected = f"tp: expected a divisor of deepseek-v3's intermediate size 2048, got {tp}"
+    with pytest.raises(InputError, match=f"^{expected}$"):
+        shape_of_model("deepseek-v3", tp)
