@@ -1,0 +1,1 @@
+"""Variants in plain PyTorch: the baselines that run everywhere."""

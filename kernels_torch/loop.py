@@ -1,0 +1,56 @@
+"""torch.loop: one expert after the other, on fp32 values dequantised on the spot.
+
+The simplest implementation: any shape, any device, no memory beyond one dequantised expert. It asks the device which
+experts were hit, so it cannot be captured in a CUDA graph. See grouped.py for what is gained by asking nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from reference import quant
+from reference.quant import dequantise_activations, dequantise_w13, dequantise_weights, quantise_activations
+from workbench.problem import MoEInputs, MoEShape, MoEWeights
+from workbench.variant import Config, Support, Variant, register
+
+
+@register
+class TorchLoop(Variant):
+    """Per expert: gather its tokens, two fp32 products, add the weighted rows into an fp32 sum."""
+
+    name = "torch.loop"
+    backend = "torch"
+    graph_capturable = False
+    tolerance = 0.005
+
+    def supports(self, shape: MoEShape, device: torch.device) -> Support:
+        return Support.yes()
+
+    def configs(self, shape: MoEShape, num_tokens: int) -> Iterable[Config]:
+        return (Config(),)
+
+    def prepare(self, weights: MoEWeights) -> MoEWeights:
+        return weights
+
+    def run(self, prepared: MoEWeights, inputs: MoEInputs, out: torch.Tensor, config: Config) -> None:
+        weights, inputs = prepared, inputs.quantise()
+        assert inputs.x_q is not None and inputs.x_scale is not None
+        x = dequantise_activations(inputs.x_q, inputs.x_scale)
+        total = torch.zeros_like(x)
+        for expert in inputs.topk_ids.unique().tolist():
+            if expert == -1:
+                continue
+            tokens, slots = (inputs.topk_ids == expert).nonzero(as_tuple=True)
+            w13 = dequantise_w13(weights.w13[expert], weights.w13_scale[expert])
+            gate, up = (x[tokens] @ w13.T).chunk(2, dim=1)
+            activated_q, activated_scale = quantise_activations(torch.nn.functional.silu(gate) * up)
+            w2 = dequantise_weights(weights.w2[expert], weights.w2_scale[expert])
+            rows = dequantise_activations(activated_q, activated_scale) @ w2.T
+            total.index_add_(0, tokens, rows * inputs.topk_weights[tokens, slots].unsqueeze(1))
+        out.copy_(total * inputs.routed_scaling_factor)
+
+    def sources(self) -> tuple[Path, ...]:
+        return Path(__file__), Path(quant.__file__)
