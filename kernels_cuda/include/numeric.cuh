@@ -1,0 +1,32 @@
+// Conversions to e4m3 and bf16, SwiGLU, and additions of bf16 into global memory.
+#pragma once
+#include "types.cuh"
+
+constexpr uint32_t kGroupSize = 128;  // values that share one scale
+constexpr float kE4M3Max = 448.f;
+constexpr float kSmallestAmax = 1e-10f;  // keeps the scale of an all-zero group finite
+
+// Two values to e4m3, round to nearest even, saturating: `low` in bits 0..7.
+__device__ __forceinline__ uint16_t pack_e4m3x2(float low, float high) {
+    uint16_t packed;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+// Two values to bf16, round to nearest even: `low` in bits 0..15.
+__device__ __forceinline__ uint32_t pack_bf16x2(float low, float high) {
+    uint32_t packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+__device__ __forceinline__ float bf16_low(uint32_t packed) { return __uint_as_float(packed << 16); }
+__device__ __forceinline__ float bf16_high(uint32_t packed) { return __uint_as_float(packed & 0xffff0000u); }
+
+__device__ __forceinline__ float swiglu(float gate, float up) { return __fdividef(gate, 1.f + __expf(-gate)) * up; }
+
+// Adds 4 adjacent bf16 to global memory (8-byte aligned); the order of several such additions is not fixed.
+__device__ __forceinline__ void add_bf16x4(uint16_t* address, uint32_t low, uint32_t high) {
+    asm volatile("red.relaxed.gpu.global.add.noftz.v2.bf16x2 [%0], {%1, %2};" ::"l"(address), "r"(low), "r"(high)
+                 : "memory");
+}

@@ -1,0 +1,266 @@
+"""`cuda.sm90_fused`: the layer in one kernel (sm90_fused.cu) behind one small launch that aligns, quantises and zeroes.
+
+Weights stay in the layout they are served in: `prepare` only describes them to the copy engine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from kernels_cuda import compile as cuda_compile
+from kernels_cuda import prologue, tma
+from kernels_cuda.compile import Cubin, compile_kernel
+from kernels_cuda.launch import Kernel, load, pointer
+from reference.quant import GROUP_SIZE
+from reference.routing import AlignedRouting
+from workbench.problem import MoEInputs, MoEShape, MoEWeights
+from workbench.variant import Backend, CompileReport, Config, Support, Variant, register
+
+KERNEL = "sm90_fused"
+NUM_THREADS = 384
+NUM_SMS = 132
+SMEM_BYTES = 232_448  # what a CTA can have on sm_90
+WEIGHT_TILE_BYTES = 2 * 128 * 128
+MAX_STAGES = 6
+BLOCKS = (8, 16, 24, 32, 48, 64, 96, 128)
+CLUSTERS = (1, 2, 4, 8)
+
+
+class _Params(ctypes.Structure):
+    _fields_ = (
+        ("w13", ctypes.c_uint8 * tma.TENSOR_MAP_BYTES),
+        ("w2", ctypes.c_uint8 * tma.TENSOR_MAP_BYTES),
+        ("x_q", ctypes.c_uint64),
+        ("x_scale", ctypes.c_uint64),
+        ("w13_scale", ctypes.c_uint64),
+        ("w2_scale", ctypes.c_uint64),
+        ("sorted_token_ids", ctypes.c_uint64),
+        ("expert_ids", ctypes.c_uint64),
+        ("num_tokens_post_padded", ctypes.c_uint64),
+        ("topk_weights", ctypes.c_uint64),
+        ("out", ctypes.c_uint64),
+        ("routed_scaling_factor", ctypes.c_float),
+        ("num_choices", ctypes.c_uint32),
+        ("top_k", ctypes.c_uint32),
+        ("hidden_size", ctypes.c_uint32),
+        ("intermediate_size", ctypes.c_uint32),
+        ("inputs_from_previous_kernel", ctypes.c_uint32),
+        ("padding", ctypes.c_uint8 * 32),  # the kernel's struct is aligned to 64 bytes
+    )
+
+
+def smem_bytes(block_m: int, cluster_size: int, num_stages: int) -> int:
+    """Size of the kernel's SharedStorage, from above."""
+    stage = WEIGHT_TILE_BYTES + block_m * (128 + 4) + 8 + 16  # weights, tokens and scales, two barriers
+    activation = block_m * 128
+    exchange = (cluster_size - 1) * block_m * 1024 if cluster_size > 1 else block_m * 4
+    rows = block_m * (8 + 2 * 4 + 4 + 8 * 4)
+    return -(-(num_stages * stage + activation + exchange + rows + 64) // 1024) * 1024
+
+
+def most_stages(block_m: int, cluster_size: int) -> int:
+    """The deepest ring that fits, at most MAX_STAGES; 0 if none does."""
+    return next((n for n in range(MAX_STAGES, 1, -1) if smem_bytes(block_m, cluster_size, n) <= SMEM_BYTES), 0)
+
+
+def _compile(config: Config) -> tuple[Cubin, int]:
+    block_m, cluster_size, num_stages = (config.integer(name) for name in ("block_m", "cluster_size", "num_stages"))
+    num_bytes = smem_bytes(block_m, cluster_size, num_stages)
+    defines = {
+        "BLOCK_M": block_m,
+        "CLUSTER_SIZE": cluster_size,
+        "NUM_STAGES": num_stages,
+        "SMEM_BYTES": num_bytes,
+        "PARAMS_BYTES": ctypes.sizeof(_Params),
+    }
+    return compile_kernel(KERNEL, defines), num_bytes
+
+
+@dataclass
+class Prepared:
+    """A layer's weights, described to the kernel, and the kernels loaded so far."""
+
+    weights: MoEWeights
+    params: _Params
+    kernels: dict[Config, Kernel] = field(default_factory=dict)
+
+    def kernel(self, config: Config) -> Kernel:
+        """The kernel of `config`, compiled and loaded on first use, which must come before a graph is captured."""
+        kernel = self.kernels.get(config)
+        if kernel is None:
+            cubin, num_bytes = _compile(config)
+            kernel = load(cubin, NUM_THREADS, config.integer("cluster_size"), num_bytes, self.weights.device)
+            self.kernels[config] = kernel
+        return kernel
+
+
+@register
+class SM90Fused(Variant):
+    """See the head of sm90_fused.cu."""
+
+    name: ClassVar[str] = "cuda.sm90_fused"
+    backend: ClassVar[Backend] = "cuda"
+    tolerance: ClassVar[float] = 0.010
+
+    def supports(self, shape: MoEShape, device: torch.device) -> Support:
+        if device.type != "cuda":
+            return Support.no("needs a GPU of compute capability 9.0; without one it is compiled only")
+        if torch.cuda.get_device_capability(device) != (9, 0):
+            return Support.no(f"needs compute capability 9.0, got {torch.cuda.get_device_capability(device)}")
+        return self.supports_shape(shape)
+
+    def supports_shape(self, shape: MoEShape) -> Support:
+        """supports(), the device left aside."""
+        if shape.hidden_size % GROUP_SIZE:
+            return Support.no(f"hidden_size must be a multiple of {GROUP_SIZE}, got {shape.hidden_size}")
+        if shape.intermediate_size % GROUP_SIZE:
+            return Support.no(f"intermediate_size must be a multiple of {GROUP_SIZE}, got {shape.intermediate_size}")
+        if shape.num_experts > prologue.MAX_EXPERTS:
+            return Support.no(f"at most {prologue.MAX_EXPERTS} experts, got {shape.num_experts}")
+        return Support.yes()
+
+    def configs(self, shape: MoEShape, num_tokens: int) -> Iterable[Config]:
+        """The default by the expected number of rows per expert and blocks, then its neighbours."""
+        block_m = default_block_m(shape, num_tokens)
+        position = BLOCKS.index(block_m)
+        neighbours = [block_m, *BLOCKS[max(position - 2, 0) : position][::-1], *BLOCKS[position + 1 : position + 3]]
+        for block in neighbours:
+            default = default_cluster_size(shape, num_tokens, block)
+            for cluster_size in (default, default * 2, default // 2):
+                if cluster_size in self._cluster_sizes(shape, block):
+                    yield Config(block_m=block, cluster_size=cluster_size, num_stages=most_stages(block, cluster_size))
+
+    def _cluster_sizes(self, shape: MoEShape, block_m: int) -> Iterator[int]:
+        for size in CLUSTERS:
+            if size <= shape.hidden_size // GROUP_SIZE and most_stages(block_m, size) >= (4 if size == 1 else 3):
+                yield size
+
+    def prepare(self, weights: MoEWeights) -> Prepared:
+        shape = weights.shape
+        experts, hidden, intermediate = shape.num_experts, shape.hidden_size, shape.intermediate_size
+        w13 = tma.encode(weights.w13, (hidden, experts * 2 * intermediate), (hidden,), (128, 128))
+        # The rows of a box of w2 are so ordered that a thread's accumulators are adjacent columns of `out`: row
+        # 64 t + 16 w + 8 h + g of the tile is row 32 w + 4 g + 2 t + h of the 128.
+        w2 = tma.encode(
+            weights.w2,
+            (intermediate, 8, 2, experts * hidden // 32, 2),
+            tuple(rows * intermediate for rows in (4, 1, 32, 2)),
+            (128, 8, 2, 4, 2),
+        )
+        params = _Params(
+            w13=(ctypes.c_uint8 * len(w13)).from_buffer_copy(w13),
+            w2=(ctypes.c_uint8 * len(w2)).from_buffer_copy(w2),
+            w13_scale=pointer(weights.w13_scale),
+            w2_scale=pointer(weights.w2_scale),
+            top_k=shape.top_k,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+        )
+        prologue.warm(weights.device)
+        return Prepared(weights, params)
+
+    def align(self, prepared: Prepared, inputs: MoEInputs, config: Config) -> MoEInputs:
+        if inputs.num_tokens == 0:
+            return inputs.quantise()
+        num_experts = prepared.weights.shape.num_experts
+        aligned = prologue.empty_alignment(
+            inputs.topk_ids.numel(), num_experts, config.integer("block_m"), inputs.topk_ids.device
+        )
+        prologue.launch(topk_ids=inputs.topk_ids, num_experts=num_experts, aligned=aligned)
+        return dataclasses.replace(inputs.quantise(), aligned=aligned)
+
+    def run(self, prepared: Prepared, inputs: MoEInputs, out: torch.Tensor, config: Config) -> None:
+        if inputs.num_tokens == 0:
+            return
+        shape = prepared.weights.shape
+        block_m = config.integer("block_m")
+        aligned = inputs.aligned
+        if aligned is not None and aligned.block_size == block_m and inputs.x_q is not None:
+            x_q, x_scale = inputs.x_q, inputs.x_scale
+            prologue.launch(out=out)
+            inputs_from_previous_kernel = False
+        else:
+            x_q, x_scale, aligned = self._prologue(prepared, inputs, out, block_m)
+            inputs_from_previous_kernel = True
+        kernel = prepared.kernel(config)
+        params = _Params.from_buffer_copy(prepared.params)
+        params.x_q, params.x_scale = pointer(x_q), pointer(x_scale)
+        params.sorted_token_ids = pointer(aligned.sorted_token_ids)
+        params.expert_ids = pointer(aligned.expert_ids)
+        params.num_tokens_post_padded = pointer(aligned.num_tokens_post_padded)
+        params.topk_weights = pointer(inputs.topk_weights)
+        params.out = pointer(out)
+        params.routed_scaling_factor = inputs.routed_scaling_factor
+        params.num_choices = inputs.topk_ids.numel()
+        params.inputs_from_previous_kernel = inputs_from_previous_kernel
+        most_items = aligned.expert_ids.numel() * (shape.intermediate_size // GROUP_SIZE)
+        kernel.launch(params, min(kernel.max_clusters, most_items) * kernel.cluster_size, overlap_previous=True)
+
+    def _prologue(
+        self, prepared: Prepared, inputs: MoEInputs, out: torch.Tensor, block_m: int
+    ) -> tuple[torch.Tensor, torch.Tensor, AlignedRouting]:
+        """One launch for whatever is missing: zero `out`, quantise x, align the routing."""
+        num_experts = prepared.weights.shape.num_experts
+        aligned = prologue.empty_alignment(inputs.topk_ids.numel(), num_experts, block_m, out.device)
+        if inputs.x_q is not None and inputs.x_scale is not None:
+            x, x_q, x_scale = None, inputs.x_q, inputs.x_scale
+        else:
+            x = inputs.tokens
+            x_q = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+            x_scale = torch.empty(x.shape[0], x.shape[1] // GROUP_SIZE, dtype=torch.float32, device=x.device)
+        prologue.launch(
+            out=out,
+            x=x,
+            quantised=(x_q, x_scale),
+            topk_ids=inputs.topk_ids,
+            num_experts=num_experts,
+            aligned=aligned,
+        )
+        return x_q, x_scale, aligned
+
+    def sources(self) -> tuple[Path, ...]:
+        folder = Path(__file__).parent
+        python = tuple(folder / f"{name}.py" for name in ("sm90_fused", "prologue", "launch", "compile", "tma"))
+        return (*python, *cuda_compile.sources(KERNEL), *cuda_compile.sources(prologue.KERNEL)[:1])
+
+    def compile(self, shape: MoEShape, configs: Iterable[Config]) -> list[CompileReport]:
+        reports = [prologue.compiled().report(Config(), 0)]
+        for config in configs:
+            cubin, num_bytes = _compile(config)
+            reports.append(cubin.report(config, num_bytes))
+        return reports
+
+
+def expected_rows(shape: MoEShape, num_tokens: int) -> tuple[float, float]:
+    """Under uniform routing: routed experts hit, and rows of each that is hit."""
+    routed = shape.num_experts - shape.num_shared_experts
+    choices = (shape.top_k - shape.num_shared_experts) / routed
+    hit = routed * (1.0 - (1.0 - choices) ** num_tokens)
+    return hit, num_tokens * choices * routed / hit if hit else 0.0
+
+
+def default_block_m(shape: MoEShape, num_tokens: int) -> int:
+    """The smallest block that holds nearly every routed expert's rows: mean and two standard deviations."""
+    _, rows = expected_rows(shape, num_tokens)
+    wanted = rows + 1.5 * math.sqrt(max(rows - 1.0, 0.0))
+    return next((block for block in BLOCKS if block >= wanted), BLOCKS[-1])
+
+
+def default_cluster_size(shape: MoEShape, num_tokens: int, block_m: int) -> int:
+    """The largest cluster at which every item still gets one of its own at once."""
+    hit, rows = expected_rows(shape, num_tokens)
+    blocks = hit * max(1.0, rows / block_m) + shape.num_shared_experts * math.ceil(num_tokens / block_m)
+    items = blocks * (shape.intermediate_size // GROUP_SIZE)
+    for size in reversed(CLUSTERS):
+        fits = most_stages(block_m, size) >= 3 and size <= shape.hidden_size // GROUP_SIZE
+        if fits and items * size <= NUM_SMS + 1:
+            return size
+    return 1
