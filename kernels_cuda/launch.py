@@ -80,8 +80,8 @@ def load(cubin: Cubin, num_threads: int, cluster_size: int, dynamic_smem_bytes: 
         result, max_clusters = driver.cuOccupancyMaxActiveClusters(handle, config)
         if result != driver.CUresult.CUDA_SUCCESS or max_clusters < 1:
             raise LaunchError(
-                f"{cubin.kernel}: {cluster_size} CTAs of {num_threads} threads and {dynamic_smem_bytes} bytes of shared "
-                f"memory do not fit the device: {result!r}"
+                f"{cubin.kernel}: {cluster_size} CTAs of {num_threads} threads with {dynamic_smem_bytes} bytes of "
+                f"shared memory each do not fit the device: {result!r}"
             )
     return Kernel(cubin.kernel, handle, num_threads, cluster_size, dynamic_smem_bytes, max_clusters)
 
