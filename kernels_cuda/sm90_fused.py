@@ -108,7 +108,6 @@ class SM90Fused(Variant):
 
     name: ClassVar[str] = "cuda.sm90_fused"
     backend: ClassVar[Backend] = "cuda"
-    tolerance: ClassVar[float] = 0.010
 
     def supports(self, shape: MoEShape, device: torch.device) -> Support:
         if device.type != "cuda":

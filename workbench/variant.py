@@ -107,8 +107,13 @@ class Variant(ABC):
     backend: ClassVar[Backend]
     graph_capturable: ClassVar[bool] = True
     """False for variants whose `run` reads device data on the host; they are timed without a CUDA graph."""
-    tolerance: ClassVar[float] = 0.016
-    """The largest relative error, as numerics.py measures it, at which `verify` passes this variant."""
+    tolerance: ClassVar[float] = 0.03
+    """The largest relative error, as numerics.py measures it, at which `verify` passes this variant.
+
+    FP8 tensor cores keep few bits of their partial sums, so now and then a code of Q falls to the other side, and one code
+    is up to 1/8 of its value: most batches stay under 0.008, a small one with one dominant value can reach 0.02. Dropping
+    one expert of 9 or one K tile of 56 is 0.1 and more.
+    """
 
     @abstractmethod
     def supports(self, shape: MoEShape, device: torch.device) -> Support:
@@ -160,7 +165,9 @@ def register(variant_class: AnyVariant) -> AnyVariant:
     name = variant_class.name
     known = _registered.get(name)
     if known is not None and type(known).__module__ != variant_class.__module__:
-        raise InputError(f"variant {name!r}: registered twice, by {type(known).__module__} and {variant_class.__module__}")
+        raise InputError(
+            f"variant {name!r}: registered twice, by {type(known).__module__} and {variant_class.__module__}"
+        )
     _registered[name] = variant_class()
     return variant_class
 

@@ -1,0 +1,144 @@
+"""Variants of a third party that go wrong in every way that the workbench must survive. Their config says which.
+
+They are not registered here, so that a test may import them without every other test finding them among the variants.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from reference.moe import moe
+from workbench.problem import MoEInputs, MoEShape, MoEWeights
+from workbench.variant import Backend, CompileReport, Config, Support, Variant
+
+HANG_S = 3600.0
+
+
+@dataclasses.dataclass
+class Prepared:
+    weights: MoEWeights
+    num_runs: int = 0
+
+
+class Faulty(Variant):
+    """Right but for its fault: config `fault`, or none."""
+
+    name: ClassVar[str] = "torch.faulty"
+    backend: ClassVar[Backend] = "torch"
+    graph_capturable = False
+    tolerance = 0.01
+
+    def supports(self, shape: MoEShape, device: torch.device) -> Support:
+        return Support.yes()
+
+    def configs(self, shape: MoEShape, num_tokens: int) -> Iterable[Config]:
+        return (Config(),)
+
+    def prepare(self, weights: MoEWeights) -> Prepared:
+        return Prepared(weights)
+
+    def align(self, prepared: Prepared, inputs: MoEInputs, config: Config) -> MoEInputs:
+        inputs = inputs.quantise()
+        if config.get("fault") == "wrong when aligned":
+            return dataclasses.replace(inputs, topk_weights=2 * inputs.topk_weights)
+        return inputs
+
+    def run(self, prepared: Prepared, inputs: MoEInputs, out: torch.Tensor, config: Config) -> None:
+        prepared.num_runs += 1
+        fault = config.get("fault")
+        out.copy_(_right(prepared.weights, inputs))
+        if fault == "half":
+            out *= 0.5
+        elif fault == "NaN":
+            out[0, 0] = torch.nan
+        elif fault == "last row left out":
+            out[-1] = torch.empty_like(out[-1])
+        elif fault == "right once" and prepared.num_runs > 1:
+            out *= 0.5
+        elif fault == "writes inputs":
+            inputs.topk_weights.mul_(2)
+        elif fault == "writes weights":
+            prepared.weights.w2.view(torch.uint8)[1, 2, 3] ^= 1
+        elif fault == "writes before out":
+            out.as_strided((1,), (1,), out.storage_offset() - 1).zero_()
+        elif fault == "writes behind out":
+            out.as_strided((1,), (1,), out.storage_offset() + out.numel()).zero_()
+        elif fault == "raises":
+            raise ValueError("no tile of that size\nand a second line")
+        elif fault == "raises who":
+            raise ValueError(f"process {os.getpid()}")
+        elif fault == "dies":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        elif fault == "exits":
+            print("an assertion in a library\nlast words", flush=True)
+            os._exit(3)
+        elif fault == "hangs":
+            time.sleep(HANG_S)
+        elif fault == "dies when timed" and prepared.num_runs > 9:
+            os.kill(os.getpid(), signal.SIGSEGV)
+
+    def sources(self) -> tuple[Path, ...]:
+        return (Path(__file__),)
+
+
+class Unpreparable(Faulty):
+    """Raises while it prepares."""
+
+    name = "torch.unpreparable"
+
+    def prepare(self, weights: MoEWeights) -> Any:
+        raise RuntimeError("out of registers")
+
+
+class Unsupporting(Faulty):
+    """Serves nothing."""
+
+    name = "torch.unsupporting"
+
+    def supports(self, shape: MoEShape, device: torch.device) -> Support:
+        return Support.no("hidden size 128 is too small")
+
+
+class Interpreted(Faulty):
+    """Says whether its process interprets Triton kernels."""
+
+    name = "triton.telltale"
+    backend = "triton"
+
+    def run(self, prepared: Prepared, inputs: MoEInputs, out: torch.Tensor, config: Config) -> None:
+        raise ValueError(f"TRITON_INTERPRET={os.environ.get('TRITON_INTERPRET')}")
+
+
+class Compiled(Faulty):
+    """Compiles two kernels, one of which spills."""
+
+    name = "cuda.compiled"
+    backend = "cuda"
+
+    def compile(self, shape: MoEShape, configs: Iterable[Config]) -> list[CompileReport]:
+        return [
+            report
+            for config in configs
+            for report in (
+                CompileReport("up", config, 255, 32, 8, 0, 1024, ("C7508: setmaxnreg ignored",)),
+                CompileReport("align", config, 32, 0, 0, 0, 1024),
+            )
+        ]
+
+
+def _right(weights: MoEWeights, inputs: MoEInputs) -> torch.Tensor:
+    tokens = inputs.quantise()
+    assert tokens.x_q is not None
+    assert tokens.x_scale is not None
+    return moe(
+        tokens.x_q, tokens.x_scale, weights.w13, weights.w13_scale, weights.w2, weights.w2_scale,
+        tokens.topk_weights, tokens.topk_ids,
+    )  # fmt: skip

@@ -1,0 +1,147 @@
+"""What this process runs in: devices, versions, clocks, the digest of a variant's sources, and the settings.
+
+Settings are environment variables. Those of the workbench are all read in this file, but for one:
+
+    MOE_WORKBENCH_RESULTS    folder that traces, tables and reports are written to     default ./results
+    MOE_WORKBENCH_VARIANTS   modules to import for further variants, comma-separated   default none
+    MOE_WORKBENCH_CACHE      folder of compiled CUDA kernels; read by kernels_cuda/compile.py, since kernels
+                             import nothing of the workbench but its contract
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from workbench.trace import Environment
+from workbench.variant import Variant
+
+NONE = "none"
+CUPY_DISTRIBUTIONS = ("cupy", "cupy-cuda13x", "cupy-cuda12x")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The environment variables at the head of this file, parsed."""
+
+    results: Path
+    variant_modules: tuple[str, ...]
+
+
+def settings() -> Settings:
+    """The settings as they are now."""
+    modules = os.environ.get("MOE_WORKBENCH_VARIANTS", "")
+    return Settings(
+        results=Path(os.environ.get("MOE_WORKBENCH_RESULTS") or "results"),
+        variant_modules=tuple(name.strip() for name in modules.split(",") if name.strip()),
+    )
+
+
+@dataclass(frozen=True)
+class Clocks:
+    """What the device says of its speed at one moment; zero and empty on a CPU."""
+
+    sm_mhz: int = 0
+    throttle_reasons: tuple[str, ...] = ()
+
+
+def current(device: torch.device | str) -> Environment:
+    """The environment of measurements on `device`; "none" for what is absent."""
+    device = torch.device(device)
+    on_gpu = device.type == "cuda"
+    return Environment(
+        device=torch.cuda.get_device_name(device) if on_gpu else _processor(),
+        driver=_driver() if on_gpu else NONE,
+        cuda=torch.version.cuda or NONE,
+        torch=str(torch.__version__),
+        triton=_version("triton"),
+        cupy=_version(*CUPY_DISTRIBUTIONS),
+    )
+
+
+def clocks(device: torch.device | str) -> Clocks:
+    """The SM clock and the reasons why it is held down, now.
+
+    Without NVML the clock is 0 and the reason says so, lest a figure look like one made at full speed.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        return Clocks()
+    nvml = _nvml()
+    if nvml is None:
+        return Clocks(throttle_reasons=("unknown: no NVML",))
+    try:
+        handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        mhz = nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)
+        reasons = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
+    except nvml.NVMLError as error:
+        return Clocks(throttle_reasons=(f"unknown: {error}",))
+    return Clocks(mhz, throttle_names(nvml, reasons))
+
+
+def throttle_names(nvml: Any, reasons: int) -> tuple[str, ...]:
+    """The names of the bits set in NVML's mask of throttle reasons, such as SwPowerCap; idling is not one."""
+    prefix = "nvmlClocksThrottleReason"
+    known = {name.removeprefix(prefix): getattr(nvml, name) for name in dir(nvml) if name.startswith(prefix)}
+    for none_or_alias in ("None", "All", "GpuIdle", "UserDefinedClocks"):
+        known.pop(none_or_alias, None)
+    return tuple(sorted(name for name, bit in known.items() if reasons & bit))
+
+
+def sources_digest(variant: Variant) -> str:
+    """16 hexadecimal digits over the names and contents of the variant's source files, wherever they lie."""
+    digest = hashlib.sha256()
+    for path in sorted(variant.sources()):
+        content = path.read_bytes()
+        digest.update(f"{path.name}:{len(content)}\n".encode())
+        digest.update(content)
+    return digest.hexdigest()[:16]
+
+
+def _processor() -> str:
+    """The CPU's model name; platform.processor() is empty on many Linux systems."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine() or "unknown CPU"
+
+
+def _version(*distributions: str) -> str:
+    for distribution in distributions:
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return NONE
+
+
+def _driver() -> str:
+    nvml = _nvml()
+    if nvml is None:
+        return NONE
+    version = nvml.nvmlSystemGetDriverVersion()
+    return version.decode() if isinstance(version, bytes) else str(version)
+
+
+def _nvml() -> ModuleType | None:
+    """pynvml, initialised; None when the package or the driver's library is absent."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    return pynvml
