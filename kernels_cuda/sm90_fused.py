@@ -127,20 +127,24 @@ class SM90Fused(Variant):
         return Support.yes()
 
     def configs(self, shape: MoEShape, num_tokens: int) -> Iterable[Config]:
-        """The default by the expected number of rows per expert and blocks, then its neighbours."""
+        """The default by the expected rows of an expert and number of blocks, then its neighbours, likelier ones first."""
         block_m = default_block_m(shape, num_tokens)
         position = BLOCKS.index(block_m)
-        neighbours = [block_m, *BLOCKS[max(position - 2, 0) : position][::-1], *BLOCKS[position + 1 : position + 3]]
-        for block in neighbours:
-            default = default_cluster_size(shape, num_tokens, block)
-            for cluster_size in (default, default * 2, default // 2):
-                if cluster_size in self._cluster_sizes(shape, block):
-                    yield Config(block_m=block, cluster_size=cluster_size, num_stages=most_stages(block, cluster_size))
+        larger, smaller = BLOCKS[position + 1 : position + 3], BLOCKS[max(position - 2, 0) : position][::-1]
 
-    def _cluster_sizes(self, shape: MoEShape, block_m: int) -> Iterator[int]:
-        for size in CLUSTERS:
-            if size <= shape.hidden_size // GROUP_SIZE and most_stages(block_m, size) >= (4 if size == 1 else 3):
-                yield size
+        def cluster_sizes(block: int, *factors: float) -> Iterator[tuple[int, int]]:
+            default = default_cluster_size(shape, num_tokens, block)
+            yield from ((block, int(default * factor)) for factor in factors)
+
+        wanted = [
+            *cluster_sizes(block_m, 1, 2),
+            *(pair for block in (*larger, *smaller) for pair in cluster_sizes(block, 1)),
+            *cluster_sizes(block_m, 0.5),
+            *(pair for block in (*larger, *smaller) for pair in cluster_sizes(block, 2, 0.5)),
+        ]
+        for block, cluster_size in wanted:
+            if cluster_size in cluster_sizes_that_fit(shape, block):
+                yield Config(block_m=block, cluster_size=cluster_size, num_stages=most_stages(block, cluster_size))
 
     def prepare(self, weights: MoEWeights) -> Prepared:
         shape = weights.shape
@@ -247,10 +251,15 @@ def expected_rows(shape: MoEShape, num_tokens: int) -> tuple[float, float]:
 
 
 def default_block_m(shape: MoEShape, num_tokens: int) -> int:
-    """The smallest block that holds nearly every routed expert's rows: mean and two standard deviations."""
+    """The smallest block that holds the rows of nearly every routed expert: their mean and 2.8 standard deviations."""
     _, rows = expected_rows(shape, num_tokens)
-    wanted = rows + 1.5 * math.sqrt(max(rows - 1.0, 0.0))
+    wanted = rows + 2.8 * math.sqrt(max(rows - 1.0, 0.0))
     return next((block for block in BLOCKS if block >= wanted), BLOCKS[-1])
+
+
+def cluster_sizes_that_fit(shape: MoEShape, block_m: int) -> list[int]:
+    """Those that leave room for three stages and give every CTA a part of K."""
+    return [size for size in CLUSTERS if size <= shape.hidden_size // GROUP_SIZE and most_stages(block_m, size) >= 3]
 
 
 def default_cluster_size(shape: MoEShape, num_tokens: int, block_m: int) -> int:
@@ -258,8 +267,5 @@ def default_cluster_size(shape: MoEShape, num_tokens: int, block_m: int) -> int:
     hit, rows = expected_rows(shape, num_tokens)
     blocks = hit * max(1.0, rows / block_m) + shape.num_shared_experts * math.ceil(num_tokens / block_m)
     items = blocks * (shape.intermediate_size // GROUP_SIZE)
-    for size in reversed(CLUSTERS):
-        fits = most_stages(block_m, size) >= 3 and size <= shape.hidden_size // GROUP_SIZE
-        if fits and items * size <= NUM_SMS + 1:
-            return size
-    return 1
+    fitting = cluster_sizes_that_fit(shape, block_m)
+    return max((size for size in fitting if items * size <= NUM_SMS + 1), default=1)

@@ -7,6 +7,7 @@ what is compiled is what the launchers ask for: the same specialisation, warps a
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import tempfile
@@ -89,7 +90,8 @@ def compiled_launches() -> Iterator[list[CompiledLaunch]]:
 
 def _compile(function: Any, launch: dict[str, Any]) -> CompiledLaunch:
     source = ASTSource(function.jit_function, launch["signature"], launch["constants"], launch["configs"][0])
-    options = {name: launch[name] for name in ("num_warps", "num_stages")}
+    # All options, as the launch has them: they are part of the key of Triton's cache, whose entry a GPU run then finds.
+    options = {name: _tuples(value) for name, value in json.loads(launch["specialization_data"])["options"].items()}
     try:
         kernel = triton.compile(source, target=TARGET, options=options)
     except Exception as error:  # Triton's own classes of error share no base
@@ -111,6 +113,11 @@ def _compile(function: Any, launch: dict[str, Any]) -> CompiledLaunch:
         warnings=tuple(line for line in log.splitlines() if "warning" in line.lower()),
         cubin=binary,
     )
+
+
+def _tuples(value: Any) -> Any:
+    """JSON has lists where Triton's options have tuples."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def _number(pattern: str, log: str) -> int:

@@ -65,7 +65,7 @@ def _quantise(
     values = values if values.dtype == torch.float64 else values.float()
     blocks = _blocks(values, block_rows, block_columns)
     amax = blocks.abs().amax(dim=(-3, -1)).clamp(min=SMALLEST_AMAX)
-    # Divided by a tensor: for a Python number CUDA multiplies by the reciprocal, one ulp off, which flips codes at ties.
+    # Divided by a tensor: for a Python number CUDA multiplies by the reciprocal, an ulp off, which flips codes at ties.
     scale = amax / torch.full_like(amax, FP8_MAX)
     if power_of_two:
         scale = _round_up_to_power_of_two(scale)

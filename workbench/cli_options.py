@@ -128,7 +128,7 @@ class PlaceOptions:
     def where(self) -> torch.device:
         """The device. InputError when it is not there."""
         if self.device is None:
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
         try:
             device = torch.device(self.device)
         except RuntimeError:
@@ -138,7 +138,7 @@ class PlaceOptions:
         count = torch.cuda.device_count()
         if device.type == "cuda" and (device.index or 0) >= count:
             raise InputError(f"device: expected one of the {count} CUDA devices that torch sees, got {self.device!r}")
-        return device
+        return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
     def chosen(self) -> dict[str, Variant]:
         """The variants asked for, in the order in which a default is looked for among them."""

@@ -17,8 +17,9 @@ from pathlib import Path
 from workbench import registry, report, table
 from workbench.doctor import Ability, ability
 from workbench.models import shape_of_alias
+from workbench.precompile import Request, precompile
 from workbench.problem import InputKind, MoEShape, Workload
-from workbench.sweep import Session, measure, task_of
+from workbench.sweep import Session, measure, task_of, unrecorded
 from workbench.table import Table
 from workbench.trace import Trace
 from workbench.tune import defaults, space, tune
@@ -66,6 +67,12 @@ def compare(
     to_interpret = [
         task_of("verify", session, workload, defaults(interpreted, workload)) for workload in by_shape + other_input
     ]
+    precompile(
+        Request(name, task.workload.shape, config)
+        for task in to_verify
+        for name, config in unrecorded(session, task)
+        if registry.find(name).backend != "torch"
+    )
     traces = measure(session, "verify", to_verify)
     traces += measure(session, "verify in the interpreter", to_interpret)
     traces += tune(session, by_shape, native, limit=configs, keep=1)

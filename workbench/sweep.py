@@ -119,6 +119,11 @@ def recorded(session: Session, task: Task) -> list[Trace]:
     return found
 
 
+def unrecorded(session: Session, task: Task) -> Candidates:
+    """Those of the task's candidates of which the journal lacks something."""
+    return tuple(candidate for rest in _left(session, task) for candidate in rest.candidates)
+
+
 def verified(session: Session, workload: Workload, candidates: Candidates) -> Candidates:
     """Those of `candidates` that the journal shows to be right on `workload`."""
     task = task_of("verify", session, workload, candidates)

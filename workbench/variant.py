@@ -110,9 +110,9 @@ class Variant(ABC):
     tolerance: ClassVar[float] = 0.03
     """The largest relative error, as numerics.py measures it, at which `verify` passes this variant.
 
-    FP8 tensor cores keep few bits of their partial sums, so now and then a code of Q falls to the other side, and one code
-    is up to 1/8 of its value: most batches stay under 0.008, a small one with one dominant value can reach 0.02. Dropping
-    one expert of 9 or one K tile of 56 is 0.1 and more.
+    FP8 tensor cores keep few bits of their partial sums, so now and then a code of Q falls to the other side, and one
+    code is up to 1/8 of its value: most batches stay under 0.008, a small one with a dominant value can reach 0.02.
+    Dropping one expert of 9 or one K tile of 56 is 0.1 and more.
     """
 
     @abstractmethod

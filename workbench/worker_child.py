@@ -46,8 +46,9 @@ def main() -> None:
             request = json.loads(line)
             task, effort = decode(Task, request["task"]), decode(timing.Effort, request["effort"])
             try:
-                if memory is None or memory.device != torch.device(task.device):
-                    memory = _Memory(_open(task.device))
+                device = _open(task.device)
+                if memory is None or memory.device != device:
+                    memory = _Memory(device)
                 keys = _keys(task, memory.environment)
             except (WorkbenchError, OSError) as error:
                 _send(parent, refused=str(error))
@@ -213,6 +214,7 @@ def _open(name: str) -> torch.device:
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
             raise InputError(f"device: expected one of {count} CUDA devices, got {name!r}")
+        device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
     elif device.type != "cpu":
         raise InputError(f"device: expected cpu or cuda[:<index>], got {name!r}")
