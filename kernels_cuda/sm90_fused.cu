@@ -279,7 +279,7 @@ struct Math {
     // Every CTA sends its partial sums to every other and adds up all in rank order, so that all hold the same sums.
     __device__ __forceinline__ void sum_over_cluster(float (&gate)[kBlockM / 2], float (&up)[kBlockM / 2]) {
         constexpr uint32_t kVectors = kBlockM / 8;  // float4 of gate, and as many of up
-        mbarrier::wait_cluster(shared.exchange_empty, exchange_parity ^ 1);
+        mbarrier::wait<true>(shared.exchange_empty, exchange_parity ^ 1);
         if (thread == 0) mbarrier::arrive_expect_bytes(shared.exchange_full, kNumPeers * sizeof(shared.exchange[0]));
 #pragma unroll
         for (uint32_t step = 1; step < kClusterSize; ++step) {
@@ -296,7 +296,7 @@ struct Math {
                                      make_float4(up[4 * v], up[4 * v + 1], up[4 * v + 2], up[4 * v + 3]));
             }
         }
-        mbarrier::wait_cluster(shared.exchange_full, exchange_parity);
+        mbarrier::wait<true>(shared.exchange_full, exchange_parity);
 #pragma unroll
         for (uint32_t v = 0; v < kVectors; ++v) {
             float4 gate_sum = make_float4(0.f, 0.f, 0.f, 0.f), up_sum = gate_sum;

@@ -11,10 +11,11 @@ import sys
 import torch
 
 from kernels_cuda.sm90_fused import SM90Fused, most_stages
-from reference.moe import moe
-from workbench.generate import make_inputs, make_weights
+from workbench.generate import make_weights
+from workbench.numerics import measure, passed
 from workbench.problem import MoEShape, Workload
 from workbench.variant import Config
+from workbench.verify import make_case
 
 CASES = [
     (MoEShape(8, 256, 128, 2), [(8, 1), (8, 2)]),
@@ -29,28 +30,18 @@ def main() -> None:
         weights = make_weights(shape, seed=0, device=device)
         prepared = variant.prepare(weights)
         for num_tokens, input_kind in ((7, "bf16"), (70, "fp8")):
-            inputs = make_inputs(Workload(shape, num_tokens, input_kind=input_kind, dropped=0.2), device)
-            tokens = inputs.quantise()
-            expected = moe(
-                tokens.x_q,
-                tokens.x_scale,
-                weights.w13,
-                weights.w13_scale,
-                weights.w2,
-                weights.w2_scale,
-                tokens.topk_weights,
-                tokens.topk_ids,
-            )
+            workload = Workload(shape, num_tokens, input_kind=input_kind, dropped=0.2)
+            case = make_case(workload, weights)
             for block_m, cluster_size in blocks:
                 config = Config(
                     block_m=block_m, cluster_size=cluster_size, num_stages=most_stages(block_m, cluster_size)
                 )
-                for given in (inputs, variant.align(prepared, inputs, config)):
-                    out = torch.full_like(expected, torch.nan, dtype=torch.bfloat16)
+                for given in (case.inputs, variant.align(prepared, case.inputs, config)):
+                    out = torch.full_like(case.expected, torch.nan, dtype=torch.bfloat16)
                     variant.run(prepared, given, out, config)
-                    error = ((out.float() - expected).norm() / expected.norm()).item()
-                    print(f"{shape} M={num_tokens} {input_kind} {config}: relative error {error:.4f}")
-                    if not error < variant.tolerance:
+                    accuracy = measure(out, case.expected, variant.tolerance)
+                    print(f"{workload} {config}: relative error {accuracy.rel_err:.4f}")
+                    if not passed(accuracy):
                         sys.exit("wrong")
 
 

@@ -34,32 +34,12 @@ __device__ __forceinline__ void arrive_remote(uint64_t& barrier, uint32_t cta_ra
         : "memory");
 }
 
-constexpr uint32_t kMaxPolls = 4'000'000;  // each poll may sleep about a microsecond
-
-// Wait until the phase of this parity has completed.
-__device__ __forceinline__ void wait(uint64_t& barrier, uint32_t parity) {
-    const uint32_t address = shared_address(&barrier);
-    for (uint32_t poll = 0; poll < kMaxPolls; ++poll) {
-        uint32_t done;
-        asm volatile(
-            "{\n"
-            ".reg .pred done;\n"
-            "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-            "selp.u32 %0, 1, 0, done;\n"
-            "}"
-            : "=r"(done)
-            : "r"(address), "r"(parity)
-            : "memory");
-        if (done) return;
-    }
-    __trap();
-}
-
-// wait(), seeing also what other CTAs of the cluster wrote before they arrived.
-__device__ __forceinline__ void wait_cluster(uint64_t& barrier, uint32_t parity) {
-    const uint32_t address = shared_address(&barrier);
-    for (uint32_t poll = 0; poll < kMaxPolls; ++poll) {
-        uint32_t done;
+// Whether the phase of this parity has completed. With kCluster, what other CTAs of the cluster wrote before they
+// arrived is visible then.
+template <bool kCluster>
+__device__ __forceinline__ bool try_wait(uint32_t address, uint32_t parity) {
+    uint32_t done;
+    if constexpr (kCluster)
         asm volatile(
             "{\n"
             ".reg .pred done;\n"
@@ -69,8 +49,26 @@ __device__ __forceinline__ void wait_cluster(uint64_t& barrier, uint32_t parity)
             : "=r"(done)
             : "r"(address), "r"(parity)
             : "memory");
-        if (done) return;
-    }
+    else
+        asm volatile(
+            "{\n"
+            ".reg .pred done;\n"
+            "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+            "selp.u32 %0, 1, 0, done;\n"
+            "}"
+            : "=r"(done)
+            : "r"(address), "r"(parity)
+            : "memory");
+    return done;
+}
+
+constexpr uint32_t kMaxPolls = 4'000'000;  // each poll may sleep about a microsecond
+
+// Wait until the phase of this parity has completed; see try_wait().
+template <bool kCluster = false>
+__device__ __forceinline__ void wait(uint64_t& barrier, uint32_t parity) {
+    for (uint32_t poll = 0; poll < kMaxPolls; ++poll)
+        if (try_wait<kCluster>(shared_address(&barrier), parity)) return;
     __trap();
 }
 
