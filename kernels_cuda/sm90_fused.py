@@ -127,7 +127,7 @@ class SM90Fused(Variant):
         return Support.yes()
 
     def configs(self, shape: MoEShape, num_tokens: int) -> Iterable[Config]:
-        """The default by the expected rows of an expert and number of blocks, then its neighbours, likelier ones first."""
+        """The default by the expected rows of an expert and number of blocks, then neighbours, likelier ones first."""
         block_m = default_block_m(shape, num_tokens)
         position = BLOCKS.index(block_m)
         larger, smaller = BLOCKS[position + 1 : position + 3], BLOCKS[max(position - 2, 0) : position][::-1]
