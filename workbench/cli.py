@@ -101,7 +101,7 @@ def tune(problem: ProblemOptions, run: RunOptions, configs: Configs = "all") -> 
     variants, limit = _timeable(session, run.chosen()), config_limit(configs)
     traces = tuning.verify(session, workloads, variants, limit)
     traces += tuning.tune(session, workloads, variants, limit=limit)
-    tables.save(_table(run, registry.variants()), run.folder() / comparison.SELECTION_FILE)
+    tables.save(_table(run, registry.variants()), run.folder() / tables.SELECTION_FILE)
     print_traces(traces, run.json)
     return EXIT_WRONG if failures(traces) else 0
 
@@ -132,7 +132,7 @@ def select(
     """Choose from what is recorded, and write the selection table."""
     device, variants = place.where(), place.chosen()
     table = _table(place, variants)
-    tables.save(table, place.folder() / comparison.SELECTION_FILE)
+    tables.save(table, place.folder() / tables.SELECTION_FILE)
     chosen = [
         (cell, num_tokens, selection.choose(table, cell, num_tokens, variants, device))
         for cell, num_tokens in _questions(problem, table, device)

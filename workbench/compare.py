@@ -30,8 +30,6 @@ GPU_TOKENS = (1, 2, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 CPU_SHAPES = ("tiny", "tiny_shared")
 CPU_TOKENS = (1, 2, 8, 33, 128)
 
-SELECTION_FILE = "selection.json"
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -109,8 +107,8 @@ def _compile_tasks(session: Session, workloads: Sequence[Workload], variants: Se
 
 def save(comparison: Comparison, session: Session, folder: Path, baseline: str | None = None) -> list[Path]:
     """Write the selection table, the report and its plots into `folder`; the files written."""
-    table.save(comparison.table, folder / SELECTION_FILE)
+    table.save(comparison.table, folder / table.SELECTION_FILE)
     written = report.save(
         folder, comparison.table, comparison.traces, registry.variants(), session.device, comparison.abilities, baseline
     )
-    return [folder / SELECTION_FILE, *written]
+    return [folder / table.SELECTION_FILE, *written]

@@ -2,10 +2,12 @@
 
 Settings are environment variables. Those of the workbench are all read in this file, but for one:
 
-    MOE_WORKBENCH_RESULTS    folder that traces, tables and reports are written to     default ./results
-    MOE_WORKBENCH_VARIANTS   modules to import for further variants, comma-separated   default none
-    MOE_WORKBENCH_CACHE      folder of compiled CUDA kernels; read by kernels_cuda/compile.py, since kernels
-                             import nothing of the workbench but its contract
+    MOE_WORKBENCH_RESULTS       folder that traces, tables and reports are written to     default ./results
+    MOE_WORKBENCH_VARIANTS      modules to import for further variants, comma-separated   default none
+    MOE_WORKBENCH_CHECK_VALUES  1: a layer reads ids and scales on every call and not on its first alone, which
+                                waits for the device; read when a layer is made           default off
+    MOE_WORKBENCH_CACHE         folder of compiled CUDA kernels; read by kernels_cuda/compile.py, since kernels
+                                import nothing of the workbench but its contract
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ class Settings:
 
     results: Path
     variant_modules: tuple[str, ...]
+    check_values: bool = False
 
 
 def settings() -> Settings:
@@ -42,6 +45,7 @@ def settings() -> Settings:
     return Settings(
         results=Path(os.environ.get("MOE_WORKBENCH_RESULTS") or "results"),
         variant_modules=tuple(name.strip() for name in modules.split(",") if name.strip()),
+        check_values=os.environ.get("MOE_WORKBENCH_CHECK_VALUES") == "1",
     )
 
 

@@ -23,6 +23,8 @@ from workbench.trace import Environment, Key, Scope, Status, Timing, Trace, from
 from workbench.variant import Config, Variant
 
 VERSION = 1
+SELECTION_FILE = "selection.json"
+"""Its name in a results folder."""
 SCOPES: tuple[Scope, ...] = ("kernel", "layer")
 UNVERIFIED = "unverified"
 UNTIMED = "untimed"

@@ -1,0 +1,149 @@
+"""Bad input by hand: each is an error of one line that names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from workbench import checks
+from workbench.errors import InputError
+from workbench.generate import make_inputs, make_weights
+from workbench.problem import MoEInputs, MoEShape, Workload
+
+CPU = torch.device("cpu")
+SHAPE = MoEShape(8, 256, 192, 2)
+WEIGHTS = make_weights(SHAPE, seed=0, device=CPU)
+M = 4
+
+
+def weights(**changed: Any) -> MoEShape:
+    good = {name: getattr(WEIGHTS, name) for name in ("w13", "w13_scale", "w2", "w2_scale")}
+    return checks.weights(**{**good, "top_k": 2, "num_shared_experts": 0, **changed})
+
+
+def batch(inputs: MoEInputs, **changed: Any) -> None:
+    good = {
+        "x": inputs.tokens,
+        "x_scale": inputs.x_scale,
+        "topk_weights": inputs.topk_weights,
+        "topk_ids": inputs.topk_ids,
+        "routed_scaling_factor": 2.5,
+        "out": None,
+    }
+    checks.batch(SHAPE, CPU, **{**good, **changed})
+
+
+BF16 = make_inputs(Workload(SHAPE, M), CPU)
+FP8 = BF16.quantise()
+META = torch.device("meta")
+
+
+def test_weights_that_fit_make_their_shape() -> None:
+    assert weights() == SHAPE
+    assert weights(top_k=3, num_shared_experts=1) == MoEShape(8, 256, 192, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"w13": None}, "w13: expected float8_e4m3fn [E, 2I, H], got None"),
+        ({"w13": [1.0]}, "w13: expected float8_e4m3fn [E, 2I, H], got list"),
+        ({"w13": WEIGHTS.w13.float()}, "w13: expected float8_e4m3fn [E, 2I, H], got float32 [8, 384, 256]"),
+        ({"w13": WEIGHTS.w13[0]}, "w13: expected float8_e4m3fn [E, 2I, H], got float8_e4m3fn [384, 256]"),
+        ({"w13": WEIGHTS.w13[:, 1:]}, "w13: expected float8_e4m3fn [E, 2I, H], got float8_e4m3fn [8, 383, 256]"),
+        (
+            {"w13": WEIGHTS.w13.transpose(1, 2).contiguous().transpose(1, 2)},
+            "w13: expected a contiguous tensor [8, 384, 256], got strides [98304, 1, 384]",
+        ),
+        (
+            {"w13_scale": WEIGHTS.w13_scale[..., :1].half()},
+            "w13_scale: expected float32 [8, 4, 2], got float16 [8, 4, 1]",
+        ),
+        ({"w13_scale": WEIGHTS.w13_scale[:, :3]}, "w13_scale: expected float32 [8, 4, 2], got float32 [8, 3, 2]"),
+        ({"w2": WEIGHTS.w2[:7]}, "w2: expected float8_e4m3fn [8, 256, 192], got float8_e4m3fn [7, 256, 192]"),
+        ({"w2": WEIGHTS.w2.to(META)}, "w2: expected a tensor on cpu, where w13 is, got one on meta"),
+        ({"w2_scale": WEIGHTS.w2_scale.double()}, "w2_scale: expected float32 [8, 2, 2], got float64 [8, 2, 2]"),
+        ({"top_k": 9}, "top_k: expected 1..8 for 8 routed and 0 shared experts, got 9"),
+        ({"top_k": 0}, "top_k: expected an integer >= 1, got 0"),
+        ({"num_shared_experts": 2}, "top_k: expected 3..8 for 6 routed and 2 shared experts, got 2"),
+        ({"num_shared_experts": -1}, "num_shared_experts: expected an integer >= 0, got -1"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
+)
+def test_weights_that_do_not_fit(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as refused:
+        weights(**changed)
+    assert str(refused.value) == message
+
+
+def test_batches_that_fit_pass() -> None:
+    batch(BF16)
+    batch(FP8)
+    batch(BF16, out=torch.empty(M, 256, dtype=torch.bfloat16), routed_scaling_factor=1)
+    batch(make_inputs(Workload(SHAPE, 0), CPU))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "changed", "message"),
+    [
+        (BF16, {"x": BF16.tokens.half()}, "x: expected bfloat16 [4, 256], got float16 [4, 256]"),
+        (BF16, {"x": BF16.tokens[:, :128]}, "x: expected bfloat16 [4, 256], got bfloat16 [4, 128]"),
+        (BF16, {"x": BF16.tokens[0]}, "x: expected [M, 256], got bfloat16 [256]"),
+        (BF16, {"x": None}, "x: expected [M, 256], got None"),
+        (
+            BF16,
+            {"x": BF16.tokens.T.contiguous().T},
+            "x: expected a contiguous tensor [4, 256], got strides [1, 4]",
+        ),
+        (BF16, {"x": BF16.tokens.to(META)}, "x: expected a tensor on cpu, where w13 is, got one on meta"),
+        (BF16, {"x_scale": FP8.x_scale}, "x: expected float8_e4m3fn [4, 256], got bfloat16 [4, 256]"),
+        (FP8, {"x_scale": None}, "x_scale: expected float32 [4, 2] with quantised x, got None"),
+        (FP8, {"x_scale": FP8.x_scale[:, :1]}, "x_scale: expected float32 [4, 2], got float32 [4, 1]"),
+        (
+            FP8,
+            {"x_scale": FP8.x_scale.T.contiguous().T},
+            "x_scale: expected a contiguous tensor [4, 2], got strides [1, 4]",
+        ),
+        (
+            BF16,
+            {"topk_weights": BF16.topk_weights.bfloat16()},
+            "topk_weights: expected float32 [4, 2], got bfloat16 [4, 2]",
+        ),
+        (BF16, {"topk_weights": BF16.topk_weights[:3]}, "topk_weights: expected float32 [4, 2], got float32 [3, 2]"),
+        (BF16, {"topk_ids": BF16.topk_ids.long()}, "topk_ids: expected int32 [4, 2], got int64 [4, 2]"),
+        (BF16, {"topk_ids": BF16.topk_ids[:, :1]}, "topk_ids: expected int32 [4, 2], got int32 [4, 1]"),
+        (BF16, {"routed_scaling_factor": "1"}, "routed_scaling_factor: expected a finite number, got '1'"),
+        (BF16, {"routed_scaling_factor": math.nan}, "routed_scaling_factor: expected a finite number, got nan"),
+        (BF16, {"out": torch.empty(M, 256)}, "out: expected bfloat16 [4, 256], got float32 [4, 256]"),
+        (BF16, {"out": BF16.tokens}, "out: expected memory of its own, got that of x"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
+)
+def test_batches_that_do_not_fit(inputs: MoEInputs, changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as refused:
+        batch(inputs, **changed)
+    assert str(refused.value) == message
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_scales_are_finite(value: float) -> None:
+    scale = WEIGHTS.w2_scale.clone()
+    checks.scale_values("w2_scale", scale)
+    scale[3, 1, 0] = value
+    with pytest.raises(InputError) as refused:
+        checks.scale_values("w2_scale", scale)
+    assert str(refused.value) == f"w2_scale: expected finite values, got {value} at [3, 1, 0]"
+
+
+@pytest.mark.parametrize("wrong", [8, -2, 2**31 - 1])
+def test_ids_are_experts_or_minus_one(wrong: int) -> None:
+    ids = BF16.topk_ids.clone()
+    ids[0, 0] = -1
+    checks.id_values(ids, num_experts=8)
+    ids[2, 1] = wrong
+    with pytest.raises(InputError) as refused:
+        checks.id_values(ids, num_experts=8)
+    assert str(refused.value) == f"topk_ids: expected ids in -1..7, got {wrong} at [2, 1]"
