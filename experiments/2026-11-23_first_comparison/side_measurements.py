@@ -1,5 +1,5 @@
-"""Two side measurements by the method that peers.json was made with, to see what it changes and where the prologue's time
-goes. Output of the runs behind README.md: side_measurements.txt.
+"""Two side measurements by the method that peers.json was made with: what the method changes, and where the prologue's
+time goes. side_measurements.txt holds the output of the runs behind README.md.
 
     python experiments/2026-11-23_first_comparison/side_measurements.py fused|prologue
 """
