@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +21,7 @@ from workbench.problem import MoEInputs, MoEShape, MoEWeights
 from workbench.variant import Backend, CompileReport, Config, Support, Variant
 
 HANG_S = 3600.0
+ILLEGAL_ADDRESS = "CUDA error: an illegal memory access was encountered"
 
 
 @dataclasses.dataclass
@@ -75,6 +77,9 @@ class Faulty(Variant):
             raise ValueError("no tile of that size\nand a second line")
         elif fault == "raises who":
             raise ValueError(f"process {os.getpid()}")
+        elif fault == "breaks the device":  # what a process finds after an illegal address, but for the GPU
+            sys.modules["__main__"]._device_fault = lambda device: ILLEGAL_ADDRESS  # type: ignore[attr-defined]
+            raise RuntimeError(ILLEGAL_ADDRESS)
         elif fault == "dies":
             os.kill(os.getpid(), signal.SIGSEGV)
         elif fault == "exits":

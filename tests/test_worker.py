@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from faulty_variants import ILLEGAL_ADDRESS
 
 from workbench.errors import InputError, WorkbenchError
 from workbench.problem import MoEShape, RoutingLaw, Workload
@@ -63,6 +64,19 @@ def test_each_way_to_go_wrong_ends_as_its_own_status_and_the_sweep_goes_on() -> 
     assert messages[5].startswith("the process ended with exit code 3; it printed:")
     assert messages[5].endswith("an assertion in a library | last words")
     assert [trace.key.num_tokens for trace in traces] == [5] * 7 + [3]
+
+
+def test_a_fault_of_the_device_is_a_crash_and_the_next_candidate_gets_a_fresh_process() -> None:
+    """A broken context fails every later call, so the process that has one must not serve another candidate."""
+    who = faulty("raises who")
+    before, broken, good, after = perform(
+        task("verify", who, faulty("breaks the device"), GOOD), task("verify", who, workload=Workload(SHAPE, 3))
+    )
+    assert (broken.status, broken.message) == (Status.CRASHED, ILLEGAL_ADDRESS)
+    assert good.status is Status.PASSED
+    assert before.message.startswith("ValueError: process ")
+    assert after.message.startswith("ValueError: process ")
+    assert before.message != after.message
 
 
 def test_a_candidate_that_dies_takes_no_time_from_the_others() -> None:
