@@ -10,7 +10,10 @@ import math
 import sys
 from pathlib import Path
 
-from workbench import trace
+import torch
+
+from workbench import registry, select, table, trace
+from workbench.table import Cell, Table
 from workbench.trace import Status, Trace
 
 PEERS = json.loads(Path(__file__).with_name("peers.json").read_text())
@@ -30,20 +33,28 @@ def fastest(traces: list[Trace], shape: str, num_tokens: int, variant: str, scop
     return min(cell, key=lambda one: one.timing.median_us, default=None)
 
 
+def selected(measured: Table, one: Trace) -> str:
+    """What the selection table says for the layer in the cell of `one`."""
+    cell = Cell(one.key.shape, one.key.routing, one.key.input_kind, "layer", one.key.dropped)
+    choice = select.choose(measured, cell, one.key.num_tokens, registry.variants(), torch.device("cpu"))
+    return choice.variant.partition(".")[2] if choice.variant.startswith("cuda") else choice.variant
+
+
 def number(one: Trace | None) -> str:
     return f"{one.timing.median_us:.1f}" if one else "-"
 
 
 def main() -> None:
     traces = trace.read(Path(sys.argv[1]) / "traces.jsonl")
+    measured = table.build(traces, traces[0].key.environment, registry.variants())
     peers = {(row["shape"], row["num_tokens"]): row["us"] for row in PEERS["rows"]}
     against_best: list[float] = []
     against_own: dict[str, list[tuple[float, str]]] = {variant: [] for variant in VARIANTS}
     for shape in dict.fromkeys(one.key.shape.name for one in traces):
         sizes = sorted({one.key.num_tokens for one in traces if one.key.shape.name == shape})
         print(f"\n**{shape}**\n")
-        print("| M | floor | sm90_fused kernel | layer | triton.grouped kernel | layer | best published kernel |")
-        print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+        print("| M | floor | sm90_fused kernel | layer | triton.grouped kernel | layer | selected | best published |")
+        print("| ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |")
         for num_tokens in sizes:
             timed = {(v, s): fastest(traces, shape, num_tokens, v, s) for v in VARIANTS for s in ("kernel", "layer")}
             first = timed[VARIANTS[0], "kernel"]
@@ -51,7 +62,10 @@ def main() -> None:
             best = min(peer, key=peer.__getitem__, default="")
             figures = " | ".join(number(one) for one in timed.values())
             floor = f"{first.floor_us:.1f}" if first and first.floor_us else "-"
-            print(f"| {num_tokens} | {floor} | {figures} | {f'{peer[best]:.1f} ({best})' if best else '-'} |")
+            choice = selected(measured, first) if first else "-"
+            print(
+                f"| {num_tokens} | {floor} | {figures} | {choice} | {f'{peer[best]:.1f} ({best})' if best else '-'} |"
+            )
             ours = [one.timing.median_us for (_, scope), one in timed.items() if one and scope == "kernel"]
             if best and ours:
                 against_best.append(peer[best] / min(ours))
