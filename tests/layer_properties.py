@@ -28,11 +28,11 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from reference.moe import moe
 from workbench.generate import make_inputs, make_weights
 from workbench.numerics import measure, poison, poisoned_allocations
 from workbench.problem import FP8, INPUT_KINDS, MoEInputs, MoEShape, MoEWeights, RoutingLaw, Workload
 from workbench.variant import Variant
+from workbench.verify import expected_output
 
 GUARD_ROWS = 4
 
@@ -96,27 +96,9 @@ def run_guarded(
     return out
 
 
-def expected(weights: MoEWeights, inputs: MoEInputs) -> torch.Tensor:
-    """What the specification says: fp32 [M, H]."""
-    inputs = inputs.quantise()
-    assert inputs.x_q is not None
-    assert inputs.x_scale is not None
-    return moe(
-        inputs.x_q,
-        inputs.x_scale,
-        weights.w13,
-        weights.w13_scale,
-        weights.w2,
-        weights.w2_scale,
-        inputs.topk_weights,
-        inputs.topk_ids,
-        inputs.routed_scaling_factor,
-    )
-
-
 def matches_the_reference(case: Case) -> None:
     (out,) = case.run(case.inputs)
-    case.assert_close(out, expected(case.weights, case.inputs), case.variant.tolerance)
+    case.assert_close(out, expected_output(case.weights, case.inputs), case.variant.tolerance)
 
 
 def permuting_tokens_permutes_rows(case: Case) -> None:

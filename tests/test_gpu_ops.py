@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from layer_properties import expected
 
 from workbench import ops, registry
 from workbench.errors import InputError, UnsupportedError
 from workbench.generate import make_inputs, make_weights
 from workbench.numerics import measure, passed, poison
 from workbench.problem import INPUT_KINDS, InputKind, MoEInputs, MoEShape, MoEWeights, RoutingLaw, Workload
+from workbench.verify import expected_output
 
 pytestmark = pytest.mark.gpu
 
@@ -52,7 +52,7 @@ def call(layer: ops.MoELayer, inputs: MoEInputs, out: torch.Tensor | None = None
 
 
 def assert_right(out: torch.Tensor, weights: MoEWeights, inputs: MoEInputs, tolerance: float = 0.05) -> None:
-    accuracy = measure(out, expected(weights, inputs), tolerance)
+    accuracy = measure(out, expected_output(weights, inputs), tolerance)
     assert passed(accuracy), accuracy
 
 

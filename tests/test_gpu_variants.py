@@ -14,13 +14,14 @@ import itertools
 import pytest
 import torch
 from hypothesis import strategies as st
-from layer_properties import PROPERTIES, Property, check, expected, name_of, run_guarded
+from layer_properties import PROPERTIES, Property, check, name_of, run_guarded
 
 from workbench import registry
 from workbench.generate import make_inputs, make_weights
 from workbench.models import shape_of_alias
 from workbench.numerics import measure, passed, poison
 from workbench.problem import INPUT_KINDS, InputKind, MoEInputs, MoEShape, MoEWeights, RoutingLaw, Workload
+from workbench.verify import expected_output
 
 pytestmark = pytest.mark.gpu
 
@@ -55,7 +56,7 @@ def prepared_of(name: str, shape: MoEShape) -> object:
 def batch_of(workload: Workload) -> tuple[MoEInputs, torch.Tensor]:
     """The batch and what the specification says of it."""
     inputs = dataclasses.replace(make_inputs(workload, DEVICE), routed_scaling_factor=2.5)
-    return inputs, expected(weights_of(workload.shape), inputs)
+    return inputs, expected_output(weights_of(workload.shape), inputs)
 
 
 def assert_matches_the_reference(name: str, workload: Workload, tolerance: float | None = None) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import recorded
 import torch
-from layer_properties import expected
 
 import workbench
 from workbench import ops, registry, select
@@ -27,6 +26,7 @@ from workbench.numerics import measure, passed
 from workbench.problem import INPUT_KINDS, InputKind, MoEInputs, MoEShape, MoEWeights, Workload
 from workbench.table import Table
 from workbench.variant import Config
+from workbench.verify import expected_output
 
 CPU = torch.device("cpu")
 SHAPE = MoEShape(8, 256, 128, 2)
@@ -93,7 +93,7 @@ def weights() -> MoEWeights:
 def test_is_the_layer(name: str, shape: MoEShape, input_kind: InputKind, dropped: float) -> None:
     weights = make_weights(shape, seed=0, device=CPU)
     inputs = dataclasses.replace(batch(shape, 17, input_kind, dropped), routed_scaling_factor=2.5)
-    reference = expected(weights, inputs)
+    reference = expected_output(weights, inputs)
     shared = shape.num_shared_experts
     for out in (
         call(make_layer(weights, variant=name), inputs),

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from layer_properties import PROPERTIES, Property, check, expected, name_of, small_shapes
+from layer_properties import PROPERTIES, Property, check, name_of, small_shapes
 
 from kernels_triton.grouped import TritonGrouped
 from kernels_triton.tuning_space import tuning_space
@@ -16,6 +16,7 @@ from workbench.generate import make_inputs, make_weights
 from workbench.numerics import measure, poisoned_allocations
 from workbench.problem import MoEInputs, MoEShape, MoEWeights, Workload
 from workbench.variant import Config
+from workbench.verify import expected_output
 
 VARIANT = TritonGrouped()
 SHAPE = MoEShape(num_experts=5, hidden_size=384, intermediate_size=256, top_k=3, num_shared_experts=1)
@@ -38,7 +39,7 @@ def run(inputs: MoEInputs, config: Config = DEFAULT, weights: MoEWeights = WEIGH
 
 
 def relative_error(out: torch.Tensor, inputs: MoEInputs, weights: MoEWeights = WEIGHTS) -> float:
-    return measure(out, expected(weights, inputs), VARIANT.tolerance).rel_err
+    return measure(out, expected_output(weights, inputs), VARIANT.tolerance).rel_err
 
 
 @pytest.mark.parametrize("prop", PROPERTIES, ids=name_of)
