@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 
 from workbench import compare, registry, timing
-from workbench.environment import settings
+from workbench.environment import device_named, settings
 from workbench.errors import InputError, RecordError, WorkbenchError
 from workbench.models import shape_of_alias, shape_of_model
 from workbench.problem import InputKind, MoEShape, RoutingLaw, Workload
@@ -129,16 +129,7 @@ class PlaceOptions:
         """The device. InputError when it is not there."""
         if self.device is None:
             return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(self.device)
-        except RuntimeError:
-            device = None
-        if device is None or device.type not in ("cuda", "cpu"):
-            raise InputError(f"device: expected cuda, cuda:<n> or cpu, got {self.device!r}")
-        count = torch.cuda.device_count()
-        if device.type == "cuda" and (device.index or 0) >= count:
-            raise InputError(f"device: expected one of the {count} CUDA devices that torch sees, got {self.device!r}")
-        return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+        return device_named(self.device)
 
     def chosen(self) -> dict[str, Variant]:
         """The variants asked for, in the order in which a default is looked for among them."""

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from workbench.errors import InputError
 from workbench.trace import Environment
 from workbench.variant import Variant
 
@@ -55,6 +56,22 @@ class Clocks:
 
     sm_mhz: int = 0
     throttle_reasons: tuple[str, ...] = ()
+
+
+def device_named(name: str) -> torch.device:
+    """The device that torch calls `name`, with its index if it is a GPU. InputError when it is not there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device: expected cpu or cuda[:<index>], got {name!r}") from error
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise InputError(f"device: expected cpu or cuda[:<index>], got {name!r}")
+    count = torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        raise InputError(f"device: expected one of {count} CUDA devices, got {name!r}")
+    return torch.device("cuda", device.index or 0)
 
 
 def current(device: torch.device | str) -> Environment:

@@ -22,7 +22,7 @@ import torch
 
 from workbench import bench, environment, registry, timing, verify
 from workbench.bench import Contender
-from workbench.errors import InputError, UnsupportedError, WorkbenchError, one_line
+from workbench.errors import UnsupportedError, WorkbenchError, one_line
 from workbench.generate import make_weights
 from workbench.numerics import poisoned_allocations
 from workbench.problem import MoEShape, MoEWeights, Workload
@@ -206,18 +206,9 @@ class _Memory:
 
 def _open(name: str) -> torch.device:
     """The device of that name, made current."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"device: expected cpu or cuda[:<index>], got {name!r}") from error
+    device = environment.device_named(name)
     if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise InputError(f"device: expected one of {count} CUDA devices, got {name!r}")
-        device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
-    elif device.type != "cpu":
-        raise InputError(f"device: expected cpu or cuda[:<index>], got {name!r}")
     return device
 
 
