@@ -26,7 +26,7 @@ import torch
 from IPython.display import Image, Markdown
 
 from workbench import plot, registry, report, timing
-from workbench.doctor import Ability, ability
+from workbench.doctor import Ability, abilities
 from workbench.models import shape_of_alias
 from workbench.problem import Workload
 from workbench.rows import rows, subjects
@@ -57,8 +57,8 @@ shape
 # shows whether they are right but not how fast they are, and CUDA variants are compiled for sm_90a.
 
 # %%
-abilities = {name: ability(variant, device) for name, variant in registry.variants().items()}
-Markdown("".join(f"- {name}: {how}. {reason}\n" for name, (how, reason) in abilities.items()))
+usable = abilities(registry.variants(), device)
+Markdown("".join(f"- {name}: {how}. {reason}\n" for name, (how, reason) in usable.items()))
 
 # %% [markdown]
 # ## Are they right?
@@ -72,8 +72,8 @@ Markdown("".join(f"- {name}: {how}. {reason}\n" for name, (how, reason) in abili
 folder = Path(tempfile.mkdtemp(prefix="compare_"))
 session = open_session(device, folder / "traces.jsonl", time_limit_s=120, effort=timing.QUICK)
 
-native = [name for name, (how, _) in abilities.items() if how is Ability.NATIVE]
-interpreted = [name for name, (how, _) in abilities.items() if how is Ability.INTERPRETED]
+native = [name for name, (how, _) in usable.items() if how is Ability.NATIVE]
+interpreted = [name for name, (how, _) in usable.items() if how is Ability.INTERPRETED]
 
 traces = verify(session, workloads, native, limit=2)
 traces += measure(

@@ -113,8 +113,7 @@ def compare(problem: ProblemOptions, run: RunOptions, configs: Configs = "4", ba
     session = run.session(watch)
     workloads = problem.workloads(session.device)
     chosen = run.chosen()
-    if baseline is not None and baseline not in chosen:
-        raise InputError(f"baseline: expected one of {', '.join(chosen)}, got {baseline!r}")
+    _check_baseline(baseline, chosen)
     made = comparison.compare(session, workloads, list(chosen), config_limit(configs))
     files = comparison.save(made, session, run.folder(), baseline)
     found = reports.sections(made.table, made.traces, chosen, session.device, made.abilities, baseline)
@@ -155,12 +154,11 @@ def report(place: PlaceOptions, baseline: Baseline = None) -> int:
     """Tables and plots of what is recorded."""
     device, variants = place.where(), place.chosen()
     table = _table(place, variants)
-    if baseline is not None and baseline not in variants:
-        raise InputError(f"baseline: expected one of {', '.join(variants)}, got {baseline!r}")
+    _check_baseline(baseline, variants)
     traces = [one for one in records.read(_traces_file(place)) if one.key.environment == table.environment]
-    abilities = {name: diagnosis.ability(variant, device) for name, variant in variants.items()}
-    files = reports.save(place.folder(), table, traces, variants, device, abilities, baseline)
-    found = reports.sections(table, traces, variants, device, abilities, baseline)
+    how = diagnosis.abilities(variants, device)
+    files = reports.save(place.folder(), table, traces, variants, device, how, baseline)
+    found = reports.sections(table, traces, variants, device, how, baseline)
     print_report(found, traces, files, place.json)
     return 0
 
@@ -212,11 +210,15 @@ def recover(place: PlaceOptions) -> int:
     return 0
 
 
+def _check_baseline(baseline: str | None, variants: Mapping[str, Variant]) -> None:
+    if baseline is not None and baseline not in variants:
+        raise InputError(f"baseline: expected one of {', '.join(variants)}, got {baseline!r}")
+
+
 def _timeable(session: Session, variants: Mapping[str, Variant]) -> list[str]:
     """The variants that run here; the others are named with the reason."""
     found = []
-    for name, variant in variants.items():
-        ability, reason = diagnosis.ability(variant, session.device)
+    for name, (ability, reason) in diagnosis.abilities(variants, session.device).items():
         if ability is Ability.NATIVE:
             found.append(name)
         else:

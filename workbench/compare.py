@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workbench import registry, report, table
-from workbench.doctor import Ability, ability
+from workbench.doctor import Ability, abilities
 from workbench.models import shape_of_alias
 from workbench.precompile import Request, precompile
 from workbench.problem import InputKind, MoEShape, Workload
@@ -48,10 +48,10 @@ def compare(
 
     With more than one config each variant's first pass picks the one that is then timed beside its default.
     """
-    abilities = {name: ability(registry.find(name), session.device) for name in variants}
+    how = abilities({name: registry.find(name) for name in variants}, session.device)
 
     def able(wanted: Ability) -> list[str]:
-        return [name for name in variants if abilities[name][0] is wanted]
+        return [name for name in variants if how[name][0] is wanted]
 
     native, interpreted = able(Ability.NATIVE), able(Ability.INTERPRETED)
     # With the other kind of input the defaults alone are verified: what is timed is checked once more by the bench.
@@ -77,7 +77,7 @@ def compare(
     to_compile = _compile_tasks(session, workloads, able(Ability.COMPILE_ONLY))
     traces += measure(session, "compile for sm_90a", to_compile)
     made = tuple(dict.fromkeys(traces))
-    return Comparison(made, table.build(made, session.environment, registry.variants()), abilities)
+    return Comparison(made, table.build(made, session.environment, registry.variants()), how)
 
 
 def _shapes(workloads: Sequence[Workload]) -> list[MoEShape]:

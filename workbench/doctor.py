@@ -109,9 +109,9 @@ def ability(variant: Variant, device: torch.device) -> tuple[Ability, str]:
     return Ability.NONE, answers[0].reason
 
 
-def abilities(variants: Mapping[str, Variant], device: torch.device) -> dict[str, Ability]:
-    """How each variant can be used on `device`."""
-    return {name: ability(variant, device)[0] for name, variant in variants.items()}
+def abilities(variants: Mapping[str, Variant], device: torch.device) -> dict[str, tuple[Ability, str]]:
+    """How each variant can be used on `device`, and why not natively."""
+    return {name: ability(variant, device) for name, variant in variants.items()}
 
 
 def _gpu(device: torch.device) -> Finding:
