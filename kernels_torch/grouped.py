@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.nn.functional import grouped_mm, silu
+from torch.nn.functional import grouped_mm
 
-from reference import quant
-from reference.quant import dequantise_activations, dequantise_w13, dequantise_weights, quantise_activations
+from reference import moe, quant
+from reference.moe import swiglu
+from reference.quant import dequantise_activations, dequantise_w13, dequantise_weights, quantise_as
 from workbench.problem import MoEInputs, MoEShape, MoEWeights
 from workbench.variant import Config, Support, Variant, register
 
@@ -29,12 +30,17 @@ ALIGNMENT = 8
 class Prepared:
     """The weights in bf16, transposed as grouped_mm takes its right operand."""
 
+    shape: MoEShape
     w13: torch.Tensor
     """bf16 [E, H, 2I]"""
     w2: torch.Tensor
     """bf16 [E, I, H]"""
     experts: torch.Tensor
     """int64 [E], 0, 1, 2, ..."""
+    w13_bias: torch.Tensor | None
+    """fp32 [E, 2I]"""
+    w2_bias: torch.Tensor | None
+    """fp32 [E, H]"""
 
 
 @register
@@ -67,7 +73,8 @@ class TorchGrouped(Variant):
             w13[expert] = dequantise_w13(weights.w13[expert], weights.w13_scale[expert])
             w2[expert] = dequantise_weights(weights.w2[expert], weights.w2_scale[expert])
         experts = torch.arange(weights.shape.num_experts, device=weights.device)
-        return Prepared(w13.transpose(1, 2), w2.transpose(1, 2), experts)
+        biases = weights.w13_bias, weights.w2_bias
+        return Prepared(weights.shape, w13.transpose(1, 2), w2.transpose(1, 2), experts, *biases)
 
     def run(self, prepared: Prepared, inputs: MoEInputs, out: torch.Tensor, config: Config) -> None:
         if inputs.num_tokens == 0:
@@ -76,15 +83,22 @@ class TorchGrouped(Variant):
         assert inputs.x_q is not None and inputs.x_scale is not None
         x = dequantise_activations(inputs.x_q, inputs.x_scale, torch.bfloat16)
 
-        num_experts, top_k = len(prepared.experts), inputs.topk_ids.shape[1]
+        shape = prepared.shape
+        num_experts, top_k = shape.num_experts, shape.top_k
         absent = inputs.topk_ids < 0  # [M, top_k]; sorted behind every expert
         experts, choices = inputs.topk_ids.masked_fill(absent, num_experts).flatten().long().sort(stable=True)
         ends = torch.searchsorted(experts, prepared.experts, right=True, out_int32=True)
 
         # Rows behind the last group are left as they were allocated: never read but under `absent`.
-        gate, up = grouped_mm(x[choices // top_k], prepared.w13, offs=ends).float().chunk(2, dim=1)
-        activated = dequantise_activations(*quantise_activations(silu(gate) * up), torch.bfloat16)
+        projected = grouped_mm(x[choices // top_k], prepared.w13, offs=ends).float()
+        if prepared.w13_bias is not None:
+            projected += prepared.w13_bias[experts.clamp(max=num_experts - 1)]
+        gate, up = projected.chunk(2, dim=1)
+        activated = swiglu(gate, up, shape.swiglu_limit, shape.swiglu_alpha, shape.swiglu_beta)
+        activated = dequantise_activations(*quantise_as(activated, shape.activation_scales), torch.bfloat16)
         rows = grouped_mm(activated, prepared.w2, offs=ends)  # [M * top_k, H] in sorted order
+        if prepared.w2_bias is not None:
+            rows = rows + prepared.w2_bias[experts.clamp(max=num_experts - 1)]
 
         row_of_choice = torch.empty_like(choices).scatter_(0, choices, torch.arange(len(choices), device=out.device))
         total = torch.zeros_like(out, dtype=torch.float32)
@@ -94,4 +108,4 @@ class TorchGrouped(Variant):
         out.copy_(total.mul_(inputs.routed_scaling_factor))
 
     def sources(self) -> tuple[Path, ...]:
-        return Path(__file__), Path(quant.__file__)
+        return Path(__file__), Path(moe.__file__), Path(quant.__file__)

@@ -1,7 +1,8 @@
 """torch.loop: one expert after the other, on fp32 values dequantised on the spot.
 
-The simplest implementation: any shape, any device, no memory beyond one dequantised expert. It asks the device which
-experts were hit, so it cannot be captured in a CUDA graph. See grouped.py for what is gained by asking nothing.
+The simplest implementation: any shape in any form, any device, no memory beyond one dequantised expert. It asks the
+device which experts were hit, so it cannot be captured in a CUDA graph. See grouped.py for what is gained by asking
+nothing.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from reference import quant
-from reference.quant import dequantise_activations, dequantise_w13, dequantise_weights, quantise_activations
+from reference import moe, quant
+from reference.moe import swiglu
+from reference.quant import dequantise_activations, dequantise_w13, dequantise_weights, quantise_as
 from workbench.problem import MoEInputs, MoEShape, MoEWeights
 from workbench.variant import Config, Support, Variant, register
 
@@ -36,7 +38,7 @@ class TorchLoop(Variant):
         return weights
 
     def run(self, prepared: MoEWeights, inputs: MoEInputs, out: torch.Tensor, config: Config) -> None:
-        weights, inputs = prepared, inputs.quantise()
+        weights, shape, inputs = prepared, prepared.shape, inputs.quantise()
         assert inputs.x_q is not None and inputs.x_scale is not None
         x = dequantise_activations(inputs.x_q, inputs.x_scale)
         total = torch.zeros_like(x)
@@ -45,12 +47,17 @@ class TorchLoop(Variant):
                 continue
             tokens, slots = (inputs.topk_ids == expert).nonzero(as_tuple=True)
             w13 = dequantise_w13(weights.w13[expert], weights.w13_scale[expert])
-            gate, up = (x[tokens] @ w13.T).chunk(2, dim=1)
-            activated_q, activated_scale = quantise_activations(torch.nn.functional.silu(gate) * up)
+            projected = x[tokens] @ w13.T
+            if weights.w13_bias is not None:
+                projected += weights.w13_bias[expert]
+            gate, up = projected.chunk(2, dim=1)
+            activated = swiglu(gate, up, shape.swiglu_limit, shape.swiglu_alpha, shape.swiglu_beta)
             w2 = dequantise_weights(weights.w2[expert], weights.w2_scale[expert])
-            rows = dequantise_activations(activated_q, activated_scale) @ w2.T
+            rows = dequantise_activations(*quantise_as(activated, shape.activation_scales)) @ w2.T
+            if weights.w2_bias is not None:
+                rows += weights.w2_bias[expert]
             total.index_add_(0, tokens, rows * inputs.topk_weights[tokens, slots].unsqueeze(1))
         out.copy_(total * inputs.routed_scaling_factor)
 
     def sources(self) -> tuple[Path, ...]:
-        return Path(__file__), Path(quant.__file__)
+        return Path(__file__), Path(moe.__file__), Path(quant.__file__)

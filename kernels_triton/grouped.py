@@ -26,6 +26,7 @@ from kernels_triton.swiglu import swiglu
 from kernels_triton.tuning_space import tuning_space
 from kernels_triton.up_swiglu import up_swiglu
 from reference.quant import GROUP_SIZE
+from reference.routing import AlignedRouting
 from workbench.problem import FP8, MoEInputs, MoEShape, MoEWeights
 from workbench.variant import CompileReport, Config, Support, Variant, register
 
@@ -42,6 +43,8 @@ class TritonGrouped(Variant):
             size = getattr(shape, field)
             if size % GROUP_SIZE:
                 return Support.no(f"{field}: expected a multiple of {GROUP_SIZE}, got {size}")
+        if reason := shape.unserved():
+            return Support.no(reason)
         if interpreter.requested():
             return Support.yes()
         if device.type != "cuda" or not torch.cuda.is_available():
@@ -67,7 +70,7 @@ class TritonGrouped(Variant):
         if not inputs.num_tokens:
             return
         routing = inputs.aligned
-        if routing is None or routing.block_size != config["block_m"]:
+        if not isinstance(routing, AlignedRouting) or routing.block_size != config["block_m"]:
             routing = align(inputs.topk_ids, config.integer("block_m"), prepared.shape.num_experts)
         x_q, x_scale = _quantised(inputs)
 

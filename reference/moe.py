@@ -1,23 +1,39 @@
 """The layer itself.
 
-    out[m] = factor * sum_k topk_weights[m, k] * W2[e] . Q(silu(W13gate[e] . x[m]) * (W13up[e] . x[m]))
-             where e = topk_ids[m, k]
+    out[m] = factor * sum_k topk_weights[m, k] * (W2[e] . Q(swiglu(gate, up)) + b2[e])    where e = topk_ids[m, k],
+             gate = W13gate[e] . x[m] + b13gate[e],  up = W13up[e] . x[m] + b13up[e]
 
-All products are of dequantised values and all sums in `dtype`; Q rounds each 128-wide group of each row to e4m3. Expert
-by expert, so that only one expert's weights exist dequantised, and in bounded runs of its tokens. A choice of expert -1
-contributes nothing.
+All products are of dequantised values and all sums in `dtype`; Q rounds each 128-wide group of each row to e4m3, or
+each row as a whole. Most layers have no biases and the plain SwiGLU, silu(gate) * up. Expert by expert, so that only
+one expert's weights exist dequantised, and in bounded runs of its tokens. A choice of expert -1 contributes nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-from reference.quant import dequantise_activations, dequantise_w13, dequantise_weights, quantise_activations
+from reference.quant import ActivationScales, dequantise_activations, dequantise_w13, dequantise_weights, quantise_as
 
 TOKENS_AT_ONCE = 8192
+
+
+def swiglu(
+    gate: torch.Tensor, up: torch.Tensor, limit: float | None = None, alpha: float = 1.0, beta: float = 0.0
+) -> torch.Tensor:
+    """gate * sigmoid(alpha * gate) * (up + beta), of gate clamped to at most `limit` and up to -limit..limit.
+
+    The three numbers are vLLM's swiglu_limit, swiglu_alpha and swiglu_beta: DeepSeek-V4 has a limit of 10 alone,
+    gpt-oss and MiniMax-M3 have 7, 1.702 and 1. Both are clamped before the sigmoid; Step-3.5, which clamps silu(gate),
+    is another function.
+    """
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    gated = torch.nn.functional.silu(gate) if alpha == 1.0 else gate * torch.sigmoid(alpha * gate)
+    return gated * (up + beta if beta else up)
 
 
 def moe(
@@ -31,12 +47,32 @@ def moe(
     topk_ids: torch.Tensor,
     routed_scaling_factor: float = 1.0,
     dtype: torch.dtype = torch.float32,
+    *,
+    w13_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    swiglu_limit: float | None = None,
+    swiglu_alpha: float = 1.0,
+    swiglu_beta: float = 0.0,
+    activation_scales: ActivationScales = "group",
 ) -> torch.Tensor:
     """The layer on quantised tokens; returns [M, H] in `dtype`, fp32 or (the oracle of the oracle) fp64.
 
-    x_q e4m3 [M, H], x_scale [M, ceil(H/128)], w13 e4m3 [E, 2I, H], w13_scale [E, 2*ceil(I/128), ceil(H/128)],
-    w2 e4m3 [E, H, I], w2_scale [E, ceil(H/128), ceil(I/128)], topk_weights [M, top_k], topk_ids int [M, top_k].
+    x_q e4m3 [M, H], x_scale [M, ceil(H/128)] or [M, 1], w13 e4m3 [E, 2I, H] with w13_scale
+    [E, 2*ceil(I/128), ceil(H/128)] or [E, 2I, 1], w2 e4m3 [E, H, I] with w2_scale [E, ceil(H/128), ceil(I/128)] or
+    [E, H, 1], topk_weights [M, top_k], topk_ids int [M, top_k], w13_bias [E, 2I], w2_bias [E, H]. `activation_scales`
+    is how Q quantises.
     """
+
+    def expert_output(x: torch.Tensor, expert: int, w13: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
+        """x [T, H], w13 [2I, H], w2 [H, I] -> [T, H]."""
+        up_projection = x @ w13.T
+        if w13_bias is not None:
+            up_projection += w13_bias[expert].to(dtype)
+        gate, up = up_projection.chunk(2, dim=1)  # [T, I] each
+        activated = quantise_as(swiglu(gate, up, swiglu_limit, swiglu_alpha, swiglu_beta), activation_scales)
+        rows = dequantise_activations(*activated, dtype) @ w2.T
+        return rows if w2_bias is None else rows + w2_bias[expert].to(dtype)
+
     x = dequantise_activations(x_q, x_scale, dtype)
     out = torch.zeros_like(x)
     with _true_fp32_products():
@@ -49,7 +85,7 @@ def moe(
             for some in torch.arange(len(tokens), device=tokens.device).split(TOKENS_AT_ONCE):
                 token, slot = tokens[some], slots[some]
                 weight = topk_weights[token, slot].to(dtype).unsqueeze(1)
-                out.index_add_(0, token, weight * _expert(x[token], expert_w13, expert_w2))
+                out.index_add_(0, token, weight * expert_output(x[token], expert, expert_w13, expert_w2))
     return out.mul_(routed_scaling_factor)
 
 
@@ -63,17 +99,12 @@ def moe_from_bf16(
     topk_ids: torch.Tensor,
     routed_scaling_factor: float = 1.0,
     dtype: torch.dtype = torch.float32,
+    **form: Any,
 ) -> torch.Tensor:
-    """The layer on bf16 tokens `x` [M, H]: quantises them, then as `moe`."""
-    x_q, x_scale = quantise_activations(x)
-    return moe(x_q, x_scale, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, routed_scaling_factor, dtype)
-
-
-def _expert(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
-    """One expert's feed-forward: x [T, H], w13 [2I, H], w2 [H, I] -> [T, H]."""
-    gate, up = (x @ w13.T).chunk(2, dim=1)  # [T, I] each
-    activated = torch.nn.functional.silu(gate) * up
-    return dequantise_activations(*quantise_activations(activated), x.dtype) @ w2.T
+    """The layer on bf16 tokens `x` [M, H]: quantises them, then as `moe`, whose keyword arguments `form` holds."""
+    x_q, x_scale = quantise_as(x, form.get("activation_scales", "group"))
+    tensors = (x_q, x_scale, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids)
+    return moe(*tensors, routed_scaling_factor, dtype, **form)
 
 
 @contextmanager

@@ -4,13 +4,19 @@ One rule everywhere: a block's scale maps its largest magnitude onto the largest
 
     scale = max(amax, 1e-10) / 448        q = e4m3_rne(clamp(v / scale, -448, 448))
 
-and the stored value means `q * scale`. Activations have blocks of 1 x 128, weights of 128 x 128. A block at an edge
-that 128 does not divide is smaller. `power_of_two` rounds the scale up to a power of two, as the ue8m0 format holds it.
+and the stored value means `q * scale`. Activations have blocks of 1 x 128, weights of 128 x 128; or either has one
+block per row, which engines call per token and per channel. A block at an edge that 128 does not divide is smaller.
+`power_of_two` rounds the scale up to a power of two, as the ue8m0 format holds it.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+
+ActivationScales = Literal["group", "group_ue8m0", "token"]
+"""One scale for each 128 values of a token, the same as a power of two, or one for the whole token."""
 
 GROUP_SIZE = 128
 FP8_MAX = 448.0
@@ -25,8 +31,21 @@ def quantise_activations(x: torch.Tensor, power_of_two: bool = False) -> tuple[t
     return _quantise(x, 1, GROUP_SIZE, power_of_two)
 
 
+def quantise_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise each row of `values` [..., R, C] with one scale: tokens of activations, output channels of weights.
+
+    Returns e4m3 [..., R, C] and scales [..., R, 1]; in fp32, or in fp64 when `values` is fp64.
+    """
+    return _quantise(values, 1, values.shape[-1], power_of_two=False)
+
+
+def quantise_as(x: torch.Tensor, scales: ActivationScales) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise activations `x` [M, H]: e4m3 [M, H], and scales [M, ceil(H/128)], or [M, 1] for "token"."""
+    return quantise_rows(x) if scales == "token" else quantise_activations(x, power_of_two=scales == "group_ue8m0")
+
+
 def dequantise_activations(x_q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The values [M, H] in `dtype` that `x_q` e4m3 [M, H] with `scale` [M, ceil(H/128)] stands for."""
+    """The values [M, H] in `dtype` that `x_q` e4m3 [M, H] with `scale` [M, ceil(H/128)] or [M, 1] stands for."""
     return _dequantise(x_q, scale, 1, GROUP_SIZE, dtype)
 
 
@@ -39,7 +58,10 @@ def quantise_weights(w: torch.Tensor, power_of_two: bool = False) -> tuple[torch
 
 
 def dequantise_weights(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The values [..., R, C] in `dtype` that e4m3 `q` with one scale per 128 x 128 block stands for."""
+    """The values [..., R, C] in `dtype` that e4m3 `q` with one scale per 128 x 128 block, or per row, stands for.
+
+    scale [..., ceil(R/128), ceil(C/128)] or [..., R, 1].
+    """
     return _dequantise(q, scale, GROUP_SIZE, GROUP_SIZE, dtype)
 
 
@@ -54,7 +76,7 @@ def quantise_w13(w13: torch.Tensor, power_of_two: bool = False) -> tuple[torch.T
 
 
 def dequantise_w13(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The values [..., 2I, H] in `dtype` of a quantised w13: gate rows, then up rows."""
+    """The values [..., 2I, H] in `dtype` of a quantised w13, gate rows, then up rows; scaled by blocks or by rows."""
     halves = zip(q.chunk(2, dim=-2), scale.chunk(2, dim=-2), strict=True)
     return torch.cat([dequantise_weights(half, half_scale, dtype) for half, half_scale in halves], dim=-2)
 
@@ -77,6 +99,8 @@ def _quantise(
 def _dequantise(
     q: torch.Tensor, scale: torch.Tensor, block_rows: int, block_columns: int, dtype: torch.dtype
 ) -> torch.Tensor:
+    if scale.shape[-2:] == (q.shape[-2], 1):  # where a block is a row as well, both mean the same
+        block_rows, block_columns = 1, q.shape[-1]
     working = torch.promote_types(dtype, torch.float32)
     blocks = _blocks(q.to(working), block_rows, block_columns)
     return _unblocked(blocks * scale.to(working)[..., :, None, :, None], q.shape).to(dtype)

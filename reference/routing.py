@@ -23,6 +23,23 @@ class AlignedRouting:
     block_size: int
 
 
+@dataclass(frozen=True)
+class TiledRouting:
+    """Choices grouped by expert without padding, and the tiles that each group is cut into.
+
+    A group of c rows becomes n = ceil(c / max_rows) tiles of c / n rows rounded up to a multiple of 8, the last of what
+    is left. Tiles are ordered by their number of rows rounded up to 8, large ones first, then by expert and first row.
+    """
+
+    sorted_choices: torch.Tensor
+    """int32 [M * top_k]: choices grouped by ascending expert; undefined past those with an expert on this rank."""
+    tiles: torch.Tensor
+    """int32 [1 + capacity, 4]: (number of tiles, number of rows, largest height, 0), then for each tile (expert, first
+    row in `sorted_choices`, number of rows, rows of all earlier tiles with each rounded up to 8); undefined past those.
+    The largest height is the first tile's number of rows rounded up to 8, or 0."""
+    max_rows: int
+
+
 def softmax_topk(logits: torch.Tensor, top_k: int, renormalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The `top_k` likeliest experts under a softmax of `logits` [M, E]; returns (topk_weights, topk_ids).
 
@@ -61,30 +78,75 @@ def grouped_sigmoid_topk(
     return topk_weights, topk_ids.int()
 
 
+def aligned_capacity(num_choices: int, block_size: int, num_experts: int) -> int:
+    """The least multiple of `block_size` that holds any alignment of so many choices."""
+    capacity = min(num_choices + num_experts * (block_size - 1), num_choices * block_size)
+    return -(-capacity // block_size) * block_size
+
+
 def align_block_size(topk_ids: torch.Tensor, block_size: int, num_experts: int) -> AlignedRouting:
     """Group the choices of `topk_ids` int32 [M, top_k] by expert and pad each group to whole blocks.
 
-    A choice with id -1 is left out. The capacity depends on shapes alone: the least multiple of `block_size` that holds
-    any routing of so many choices.
+    A choice with id -1 is left out. The capacity depends on shapes alone.
     """
-    ids = topk_ids.flatten().long()
-    num_choices = ids.numel()
-    capacity = min(num_choices + num_experts * (block_size - 1), num_choices * block_size)
-    capacity = -(-capacity // block_size) * block_size
-
-    choices = ids.argsort(stable=True)
-    choices = choices[ids[choices] >= 0]
-    experts = ids[choices]
-    counts = torch.bincount(experts, minlength=num_experts)
+    num_choices, device = topk_ids.numel(), topk_ids.device
+    capacity = aligned_capacity(num_choices, block_size, num_experts)
+    choices, experts, counts = _by_expert(topk_ids, num_experts)
     blocks = (counts + block_size - 1) // block_size
     first_position = (blocks.cumsum(0) - blocks) * block_size
-    first_choice = counts.cumsum(0) - counts
-    rank = torch.arange(len(choices), device=ids.device) - first_choice[experts]
 
-    sorted_token_ids = torch.full((capacity,), num_choices, dtype=torch.int32, device=ids.device)
-    sorted_token_ids[first_position[experts] + rank] = choices.int()
-    block_experts = torch.arange(num_experts, device=ids.device).repeat_interleave(blocks)
-    expert_ids = torch.full((capacity // block_size,), -1, dtype=torch.int32, device=ids.device)
+    sorted_token_ids = torch.full((capacity,), num_choices, dtype=torch.int32, device=device)
+    sorted_token_ids[first_position[experts] + _rank(experts, counts)] = choices.int()
+    block_experts = torch.arange(num_experts, device=device).repeat_interleave(blocks)
+    expert_ids = torch.full((capacity // block_size,), -1, dtype=torch.int32, device=device)
     expert_ids[: len(block_experts)] = block_experts.int()
     num_tokens_post_padded = (blocks.sum(dim=0, keepdim=True) * block_size).int()
     return AlignedRouting(sorted_token_ids, expert_ids, num_tokens_post_padded, block_size)
+
+
+def tile_capacity(num_choices: int, max_rows: int, num_experts: int) -> int:
+    """No routing of so many choices has more tiles: every group has at most one that is not full, and none is empty."""
+    return min(num_choices, num_experts + num_choices // max_rows)
+
+
+def tile_rows(topk_ids: torch.Tensor, max_rows: int, num_experts: int) -> TiledRouting:
+    """Group the choices of `topk_ids` int32 [M, top_k] by expert and cut each group into tiles of at most `max_rows`,
+    a multiple of 8. A choice with id -1 is left out. The capacity depends on shapes alone.
+    """
+    num_choices, device = topk_ids.numel(), topk_ids.device
+    choices, _, counts = _by_expert(topk_ids, num_experts)
+    num_tiles = -(-counts // max_rows)
+    heights = _round_up_to_8(-(-counts // num_tiles.clamp(min=1)))
+
+    experts = torch.arange(num_experts, device=device).repeat_interleave(num_tiles)
+    start = _rank(experts, num_tiles) * heights[experts]  # within the group
+    first_row = (counts.cumsum(0) - counts)[experts] + start
+    num_rows = torch.minimum(heights[experts], counts[experts] - start)
+    order = _round_up_to_8(num_rows).argsort(descending=True, stable=True)
+    padded = _round_up_to_8(num_rows[order])
+
+    sorted_choices = torch.zeros(num_choices, dtype=torch.int32, device=device)
+    sorted_choices[: len(choices)] = choices.int()
+    tiles = torch.zeros(1 + tile_capacity(num_choices, max_rows, num_experts), 4, dtype=torch.int32, device=device)
+    tiles[0, :3] = torch.tensor([len(order), len(choices), int(padded[0]) if len(order) else 0])
+    columns = (experts[order], first_row[order], num_rows[order], padded.cumsum(0) - padded)
+    tiles[1 : 1 + len(order)] = torch.stack(columns, dim=1).int()
+    return TiledRouting(sorted_choices, tiles, max_rows)
+
+
+def _by_expert(topk_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The choices with an expert here by ascending expert, then choice; their experts; choices of each expert [E]."""
+    ids = topk_ids.flatten().long()
+    choices = ids.argsort(stable=True)
+    choices = choices[ids[choices] >= 0]
+    experts = ids[choices]
+    return choices, experts, torch.bincount(experts, minlength=num_experts)
+
+
+def _rank(groups: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """The position of each element within its group; `groups` ascends, and group g has sizes[g] elements."""
+    return torch.arange(len(groups), device=groups.device) - (sizes.cumsum(0) - sizes)[groups]
+
+
+def _round_up_to_8(values: torch.Tensor) -> torch.Tensor:
+    return (values + 7) // 8 * 8

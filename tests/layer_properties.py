@@ -13,6 +13,8 @@ contract says, from bf16 or quantised tokens, through `align` or not, and in eac
 - `out` and fresh memory hold NaN beforehand, and nothing of it may be left or spill into a result;
 - the rows behind `out` must not be written, nor the weights, nor the inputs.
 
+`small_shapes(forms=layer_forms())` draws layers with other activations, scales and biases besides.
+
 `bitwise` asks equality where a property holds exactly in floating point (doubling); only for variants that sum in a
 fixed order.
 """
@@ -23,6 +25,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -112,9 +115,7 @@ def renaming_experts_changes_nothing(case: Case) -> None:
     names = torch.arange(shape.num_experts, device=weights.device)
     num_routed = shape.num_experts - shape.num_shared_experts  # shared experts keep the last ids
     names[:num_routed] = case.permutation(num_routed)  # new id -> old id
-    renamed_weights = MoEWeights(
-        shape, *(_take(t, names) for t in (weights.w13, weights.w13_scale, weights.w2, weights.w2_scale))
-    )
+    renamed_weights = MoEWeights(shape, *(_take(tensor, names) for tensor in weights.tensors))
     new_ids = names.argsort()[case.inputs.topk_ids.clamp(min=0).long()].int()
     renamed = dataclasses.replace(case.inputs, topk_ids=new_ids.masked_fill(case.inputs.topk_ids < 0, -1))
     (out,) = case.run(case.inputs)
@@ -139,7 +140,8 @@ def linear_in_topk_weights(case: Case) -> None:
 
 
 def doubling_a_linear_factor_doubles_out(case: Case) -> None:
-    """The factors that out is linear in: topk_weights, the routed scaling factor, w2's scales, the up rows' scales."""
+    """The factors that out is linear in: topk_weights, the routed scaling factor, and together with w2's biases, w2's
+    scales or, where up is neither clamped nor shifted, the scales and biases of the up rows."""
     weights, inputs = case.weights, case.inputs
     out, twice_weighted, twice_factor = case.run(
         inputs,
@@ -148,10 +150,12 @@ def doubling_a_linear_factor_doubles_out(case: Case) -> None:
     )
     case.assert_doubled(twice_weighted, out)
     case.assert_doubled(twice_factor, out)
-    gate_scale, up_scale = weights.w13_scale.chunk(2, dim=1)
-    doubled_up = torch.cat([gate_scale, 2 * up_scale], dim=1)
-    for changed in ({"w2_scale": 2 * weights.w2_scale}, {"w13_scale": doubled_up}):
-        (doubled,) = case.run(inputs, weights=dataclasses.replace(weights, **changed))
+    changes = [{"w2_scale": 2 * weights.w2_scale}]
+    if weights.shape.swiglu_limit is None and not weights.shape.swiglu_beta:
+        changes.append({name: _up_doubled(getattr(weights, name)) for name in ("w13_scale", "w13_bias")})
+    w2_bias = None if weights.w2_bias is None else 2 * weights.w2_bias
+    for changed in changes:
+        (doubled,) = case.run(inputs, weights=dataclasses.replace(weights, w2_bias=w2_bias, **changed))
         case.assert_doubled(doubled, out)
 
 
@@ -197,8 +201,32 @@ def name_of(prop: Property) -> str:
     return prop.__name__
 
 
+def layer_forms() -> st.SearchStrategy[dict[str, Any]]:
+    """The fields of MoEShape that make a layer another than the plain one, in all combinations, the plain one too."""
+    activations = st.sampled_from(
+        [
+            {},
+            {"swiglu_limit": 10.0},  # DeepSeek-V4
+            {"swiglu_limit": 7.0, "swiglu_alpha": 1.702, "swiglu_beta": 1.0},  # gpt-oss
+        ]
+    )
+    scales = st.fixed_dictionaries(
+        {
+            "weight_scales": st.sampled_from(["block", "channel"]),
+            "activation_scales": st.sampled_from(["group", "group_ue8m0", "token"]),
+            "has_bias": st.booleans(),
+        }
+    )
+    return st.tuples(activations, scales).map(lambda parts: {**parts[0], **parts[1]})
+
+
 @st.composite
-def small_shapes(draw: st.DrawFn, hidden_multiple: int = 128, intermediate_multiple: int = 128) -> MoEShape:
+def small_shapes(
+    draw: st.DrawFn,
+    hidden_multiple: int = 128,
+    intermediate_multiple: int = 128,
+    forms: st.SearchStrategy[dict[str, Any]] = st.just({}),
+) -> MoEShape:
     """Layers of up to 6 experts and 3 blocks of H and I, with or without a shared expert."""
     num_shared = draw(st.integers(0, 1))
     num_routed = draw(st.integers(1, 5))
@@ -208,6 +236,7 @@ def small_shapes(draw: st.DrawFn, hidden_multiple: int = 128, intermediate_multi
         intermediate_size=intermediate_multiple * draw(st.integers(1, 3 * 128 // intermediate_multiple)),
         top_k=draw(st.integers(1, min(4, num_routed))) + num_shared,
         num_shared_experts=num_shared,
+        **draw(forms),
     )
 
 
@@ -288,6 +317,14 @@ def _rows(inputs: MoEInputs, rows: torch.Tensor) -> MoEInputs:
         if (tensor := getattr(inputs, name)) is not None
     }
     return dataclasses.replace(inputs, **per_token)
+
+
+def _up_doubled(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """w13's scales or biases [E, rows, ...], those of the up rows doubled."""
+    if tensor is None:
+        return None
+    gate, up = tensor.chunk(2, dim=1)
+    return torch.cat([gate, 2 * up], dim=1)
 
 
 def _take(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -11,17 +12,22 @@ import torch
 from workbench import checks
 from workbench.errors import InputError
 from workbench.generate import make_inputs, make_weights
-from workbench.problem import MoEInputs, MoEShape, Workload
+from workbench.problem import MoEInputs, MoEShape, MoEWeights, Workload
 
-CPU = torch.device("cpu")
+CPU, META = torch.device("cpu"), torch.device("meta")
 SHAPE = MoEShape(8, 256, 192, 2)
 WEIGHTS = make_weights(SHAPE, seed=0, device=CPU)
+BIASES = {"w13_bias": torch.randn(8, 384), "w2_bias": torch.randn(8, 256)}
 M = 4
 
 
-def weights(**changed: Any) -> MoEShape:
+def made(**changed: Any) -> MoEWeights:
     good = {name: getattr(WEIGHTS, name) for name in ("w13", "w13_scale", "w2", "w2_scale")}
     return checks.weights(**{**good, "top_k": 2, "num_shared_experts": 0, **changed})
+
+
+def weights(**changed: Any) -> MoEShape:
+    return made(**changed).shape
 
 
 def batch(inputs: MoEInputs, **changed: Any) -> None:
@@ -38,12 +44,55 @@ def batch(inputs: MoEInputs, **changed: Any) -> None:
 
 BF16 = make_inputs(Workload(SHAPE, M), CPU)
 FP8 = BF16.quantise()
-META = torch.device("meta")
 
 
 def test_weights_that_fit_make_their_shape() -> None:
     assert weights() == SHAPE
     assert weights(top_k=3, num_shared_experts=1) == MoEShape(8, 256, 192, 3, 1)
+    assert weights(swiglu_limit=10.0, activation_scales="token") == dataclasses.replace(
+        SHAPE, swiglu_limit=10.0, activation_scales="token"
+    )
+
+
+def test_weights_are_aliased() -> None:
+    tensors = made(**BIASES).tensors
+    given = (WEIGHTS.w13, WEIGHTS.w13_scale, WEIGHTS.w2, WEIGHTS.w2_scale, *BIASES.values())
+    assert [tensor.data_ptr() for tensor in tensors] == [tensor.data_ptr() for tensor in given]
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 1, 1)])
+def test_a_scale_per_expert_becomes_the_scale_of_its_blocks(shape: tuple[int, ...]) -> None:
+    scale = torch.rand(8)
+    layer = made(w13_scale=scale.view(shape), w2_scale=2 * scale.view(shape))
+    assert layer.shape == SHAPE
+    assert torch.equal(layer.w13_scale, scale.view(8, 1, 1).expand(8, 4, 2))
+    assert torch.equal(layer.w2_scale, 2 * scale.view(8, 1, 1).expand(8, 2, 2))
+
+
+def test_a_scale_for_the_gate_and_one_for_the_up_rows_become_those_of_their_blocks() -> None:
+    scale = torch.rand(8, 2)
+    w13_scale = made(w13_scale=scale, w2_scale=scale[:, 0].contiguous()).w13_scale
+    assert torch.equal(w13_scale[:, :2], scale[:, :1, None].expand(8, 2, 2))
+    assert torch.equal(w13_scale[:, 2:], scale[:, 1:, None].expand(8, 2, 2))
+
+
+def test_a_scale_per_row_makes_channel_weights() -> None:
+    layer = made(w13_scale=torch.rand(8, 384, 1), w2_scale=torch.rand(8, 256, 1))
+    assert layer.shape == dataclasses.replace(SHAPE, weight_scales="channel")
+
+
+def test_e8m0_scales_are_the_powers_of_two_that_they_stand_for() -> None:
+    codes = torch.arange(255, dtype=torch.uint8)[: 8 * 4 * 2].view(8, 4, 2)
+    layer = made(w13_scale=codes.view(torch.float8_e8m0fnu))
+    assert layer.w13_scale.flatten().tolist() == [2.0 ** (code - 127) for code in range(64)]
+
+
+def test_bf16_biases_become_fp32() -> None:
+    layer = made(**{name: bias.bfloat16() for name, bias in BIASES.items()})
+    assert layer.shape == dataclasses.replace(SHAPE, has_bias=True)
+    assert layer.w13_bias is not None
+    assert layer.w13_bias.dtype == torch.float32
+    assert torch.equal(layer.w13_bias, BIASES["w13_bias"].bfloat16().float())
 
 
 @pytest.mark.parametrize(
@@ -69,6 +118,29 @@ def test_weights_that_fit_make_their_shape() -> None:
         ({"top_k": 9}, "top_k: expected 1..8 for 8 routed and 0 shared experts, got 9"),
         ({"top_k": 0}, "top_k: expected an integer >= 1, got 0"),
         ({"num_shared_experts": 2}, "top_k: expected 3..8 for 6 routed and 2 shared experts, got 2"),
+        (
+            {"w13_scale": torch.ones(8, 384, 1)},
+            "w2_scale: expected one scale per channel, as w13_scale has, got block scales",
+        ),
+        (
+            {"w2_scale": torch.ones(8, 256, 1)},
+            "w2_scale: expected one scale per block, as w13_scale has, got channel scales",
+        ),
+        ({"w13_scale": torch.ones(8).half()}, "w13_scale: expected float32 [8], got float16 [8]"),
+        (
+            {"w13_scale": torch.ones(8, device=META)},
+            "w13_scale: expected a tensor on cpu, where w13 is, got one on meta",
+        ),
+        ({"w2_scale": torch.ones(8, 2)}, "w2_scale: expected float32 [8, 2, 2], got float32 [8, 2]"),
+        ({"w13_bias": BIASES["w13_bias"]}, "w2_bias: expected one with w13_bias, got None"),
+        ({"w2_bias": BIASES["w2_bias"]}, "w13_bias: expected one with w2_bias, got None"),
+        (
+            {**BIASES, "w2_bias": BIASES["w13_bias"]},
+            "w2_bias: expected float32 [8, 256], got float32 [8, 384]",
+        ),
+        ({**BIASES, "w13_bias": [0.0]}, "w13_bias: expected float32 [8, 384], got list"),
+        ({"swiglu_limit": -1.0}, "swiglu_limit: expected a positive number or None, got -1.0"),
+        ({"activation_scales": "tensor"}, "activation_scales: expected one of group, group_ue8m0, token, got 'tensor'"),
         ({"num_shared_experts": -1}, "num_shared_experts: expected an integer >= 0, got -1"),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
@@ -84,6 +156,15 @@ def test_batches_that_fit_pass() -> None:
     batch(FP8)
     batch(BF16, out=torch.empty(M, 256, dtype=torch.bfloat16), routed_scaling_factor=1)
     batch(make_inputs(Workload(SHAPE, 0), CPU))
+
+
+def test_tokens_scaled_as_a_whole_have_one_scale_each() -> None:
+    shape = dataclasses.replace(SHAPE, activation_scales="token")
+    by_token = make_inputs(Workload(shape, M), CPU).quantise()
+    routing = (BF16.topk_weights, BF16.topk_ids, 1.0, None)
+    checks.batch(shape, CPU, by_token.tokens, by_token.x_scale, *routing)
+    with pytest.raises(InputError, match=r"^x_scale: expected float32 \[4, 1\], got float32 \[4, 2\]$"):
+        checks.batch(shape, CPU, FP8.tokens, FP8.x_scale, *routing)
 
 
 @pytest.mark.parametrize(
@@ -131,10 +212,10 @@ def test_batches_that_do_not_fit(inputs: MoEInputs, changed: dict[str, Any], mes
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_scales_are_finite(value: float) -> None:
     scale = WEIGHTS.w2_scale.clone()
-    checks.scale_values("w2_scale", scale)
+    checks.finite_values("w2_scale", scale)
     scale[3, 1, 0] = value
     with pytest.raises(InputError) as refused:
-        checks.scale_values("w2_scale", scale)
+        checks.finite_values("w2_scale", scale)
     assert str(refused.value) == f"w2_scale: expected finite values, got {value} at [3, 1, 0]"
 
 

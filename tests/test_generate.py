@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
-from reference.quant import quantise_activations
+from reference.quant import dequantise_w13, quantise_activations
 from workbench import generate
 from workbench.errors import InputError
 from workbench.generate import make_inputs, make_weights
 from workbench.problem import FP8, MoEShape, RoutingLaw, Workload
+from workbench.verify import expected_output
 
 SHAPE = MoEShape(num_experts=17, hidden_size=256, intermediate_size=72, top_k=5, num_shared_experts=1)
 LAWS = ["uniform", "zipf:1.2", "one-expert"]
@@ -38,6 +40,43 @@ def test_weights_have_the_layout_and_the_law(device: torch.device) -> None:
         assert values.std().item() == pytest.approx(50, rel=0.02)
         assert scale.min() >= 2e-4
         assert scale.max() <= 6e-4
+
+
+def test_weights_of_another_form_have_its_layout_and_the_plain_values(device: torch.device) -> None:
+    plain = make_weights(SHAPE, seed=0, device=device)
+    assert plain.w13_bias is None
+    assert plain.w2_bias is None
+    shape = dataclasses.replace(SHAPE, weight_scales="channel", has_bias=True)
+    weights = make_weights(shape, seed=0, device=device)
+    assert torch.equal(weights.w13.float(), plain.w13.float())
+    assert weights.w13_scale.shape == (17, 144, 1)
+    assert weights.w2_scale.shape == (17, 256, 1)
+    assert weights.w13_bias is not None
+    assert weights.w2_bias is not None
+    assert weights.w13_bias.shape == (17, 144)
+    assert weights.w2_bias.shape == (17, 256)
+
+
+@pytest.mark.parametrize("limit", [7.0, 10.0])
+def test_where_swiglu_has_a_limit_one_value_of_up_in_twenty_is_beyond_it(limit: float) -> None:
+    shape = dataclasses.replace(SHAPE, swiglu_limit=limit)
+    weights, inputs = make_weights(shape, 0, "cpu"), make_inputs(Workload(shape, 50), "cpu")
+    up = inputs.tokens.float() @ dequantise_w13(weights.w13[0], weights.w13_scale[0])[72:].T
+    assert (up.abs() > limit).float().mean().item() == pytest.approx(0.046, abs=0.02)
+
+
+def test_biases_are_about_as_large_as_what_they_are_added_to() -> None:
+    for form in ({}, {"swiglu_limit": 7.0, "swiglu_alpha": 1.702, "swiglu_beta": 1.0}):
+        shape = dataclasses.replace(SHAPE, has_bias=True, **form)
+        weights = make_weights(shape, 0, "cpu")
+        assert weights.w13_bias is not None
+        assert weights.w2_bias is not None
+        inputs = make_inputs(Workload(shape, 50), "cpu")
+        without = dataclasses.replace(weights, w2_bias=torch.zeros_like(weights.w2_bias))
+        up = inputs.tokens.float() @ dequantise_w13(weights.w13[0], weights.w13_scale[0])[72:].T
+        one = dataclasses.replace(inputs, topk_ids=inputs.topk_ids[:, :1], topk_weights=torch.ones(50, 1))
+        assert 0.5 < weights.w13_bias.std() / up.std() < 2
+        assert 0.3 < weights.w2_bias.std() / expected_output(without, one).std() < 3
 
 
 def test_the_seed_decides_weights_and_batch(device: torch.device) -> None:

@@ -16,7 +16,17 @@ from workbench.problem import MoEShape
     [
         ("deepseek-v3", 16, MoEShape(257, 7168, 128, 9, 1)),
         ("deepseek-v3", 8, MoEShape(257, 7168, 256, 9, 1)),
-        ("deepseek-v4-pro", 16, MoEShape(385, 7168, 192, 7, 1)),
+        ("deepseek-v3.2", 16, MoEShape(257, 7168, 128, 9, 1, activation_scales="group_ue8m0")),
+        (
+            "deepseek-v4-pro",
+            16,
+            MoEShape(385, 7168, 192, 7, 1, swiglu_limit=10.0, activation_scales="group_ue8m0"),
+        ),
+        (
+            "gpt-oss-20b",
+            8,
+            MoEShape(32, 2880, 360, 4, swiglu_limit=7.0, swiglu_alpha=1.702, swiglu_beta=1.0, has_bias=True),
+        ),
         ("kimi-k2", 8, MoEShape(385, 7168, 256, 9, 1)),
         ("qwen3-next-80b-a3b", 4, MoEShape(513, 2048, 128, 11, 1)),
         ("qwen3-30b-a3b", 1, MoEShape(128, 2048, 768, 8)),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from reference.quant import quantise_rows
 from workbench.errors import InputError
+from workbench.generate import make_inputs
 from workbench.problem import MoEInputs, MoEShape, RoutingLaw, Workload, scale_blocks
 
 SHAPE = MoEShape(num_experts=9, hidden_size=256, intermediate_size=128, top_k=3, num_shared_experts=1)
@@ -32,12 +35,64 @@ def test_a_name_does_not_make_another_shape() -> None:
         ({"top_k": 9}, r"top_k: expected 1\.\.8 for 8 routed and 0 shared experts, got 9"),
         ({"top_k": 1, "num_shared_experts": 1}, r"top_k: expected 2\.\.8 for 7 routed and 1 shared experts, got 1"),
         ({"activation": "gelu"}, "activation: expected 'swiglu', got 'gelu'"),
+        ({"swiglu_limit": 0.0}, r"swiglu_limit: expected a positive number or None, got 0\.0"),
+        ({"swiglu_limit": float("inf")}, "swiglu_limit: expected a positive number or None, got inf"),
+        ({"swiglu_alpha": float("nan")}, "swiglu_alpha: expected a finite number, got nan"),
+        ({"swiglu_beta": "1"}, "swiglu_beta: expected a finite number, got '1'"),
+        ({"weight_scales": "tensor"}, "weight_scales: expected one of block, channel, got 'tensor'"),
+        (
+            {"activation_scales": "tensor"},
+            "activation_scales: expected one of group, group_ue8m0, token, got 'tensor'",
+        ),
     ],
 )
 def test_impossible_shapes_are_refused(sizes: dict[str, object], message: str) -> None:
     good: dict[str, object] = {"num_experts": 8, "hidden_size": 256, "intermediate_size": 128, "top_k": 2}
     with pytest.raises(InputError, match=f"^{message}$"):
         MoEShape(**(good | sizes))  # type: ignore[arg-type]
+
+
+GPT_OSS = {"swiglu_limit": 7.0, "swiglu_alpha": 1.702, "swiglu_beta": 1.0, "has_bias": True}
+
+
+def test_another_form_makes_another_shape_and_shows_in_how_it_is_written() -> None:
+    channel = MoEShape(8, 256, 128, 2, weight_scales="channel", activation_scales="token")
+    assert str(channel) == "E8_N256_K256_top2_shared0_channel_token"
+    assert str(MoEShape(8, 256, 128, 2, **GPT_OSS)) == "E8_N256_K256_top2_shared0_limit7_alpha1.702_beta1_bias"
+    assert len({channel, MoEShape(8, 256, 128, 2, **GPT_OSS), MoEShape(8, 256, 128, 2)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("form", "served", "reason"),
+    [
+        ({}, (), ""),
+        ({"swiglu_limit": 10.0}, (), "swiglu_limit: expected None, got 10.0"),
+        ({"swiglu_limit": 10.0}, ("swiglu_limit",), ""),
+        (GPT_OSS, ("swiglu_limit", "swiglu_alpha", "swiglu_beta"), "has_bias: expected False, got True"),
+        ({"activation_scales": "group_ue8m0"}, ("group_ue8m0",), ""),
+        ({"activation_scales": "token"}, ("group_ue8m0",), "activation_scales: expected 'group', got 'token'"),
+        ({"weight_scales": "channel"}, (), "weight_scales: expected 'block', got 'channel'"),
+    ],
+)
+def test_a_form_that_a_kernel_does_not_serve_is_named(
+    form: dict[str, Any], served: tuple[str, ...], reason: str
+) -> None:
+    assert MoEShape(8, 256, 128, 2, **form).unserved(*served) == reason
+
+
+def test_a_token_has_a_scale_for_each_128_values_or_one() -> None:
+    assert MoEShape(8, 300, 128, 2).scales_per_token == 3
+    assert MoEShape(8, 300, 128, 2, activation_scales="group_ue8m0").scales_per_token == 3
+    assert MoEShape(8, 300, 128, 2, activation_scales="token").scales_per_token == 1
+
+
+def test_expected_experts_hit_are_the_mean_of_uniform_routing_without_the_shared_ones() -> None:
+    shape = MoEShape(num_experts=17, hidden_size=8, intermediate_size=8, top_k=5, num_shared_experts=1)
+    assert [shape.expected_experts_hit(num_tokens) for num_tokens in (0, 1)] == [0.0, 4.0]
+    for dropped in (0.0, 0.4):
+        batches = [make_inputs(Workload(shape, 4, seed=seed, dropped=dropped), "cpu").topk_ids for seed in range(400)]
+        hit = [len(set(ids[:, :-1].flatten().tolist()) - {-1}) for ids in batches]
+        assert shape.expected_experts_hit(4, dropped) == pytest.approx(sum(hit) / len(hit), rel=0.03)
 
 
 @pytest.mark.parametrize("text", ["uniform", "zipf:1.2", "zipf:0.5", "one-expert"])
@@ -94,6 +149,17 @@ def test_quantising_a_batch_replaces_its_tokens_once() -> None:
     assert quantised.routed_scaling_factor == 2.5
     assert quantised.tokens.dtype == torch.float8_e4m3fn
     assert quantised.num_tokens == 2
+
+
+def test_a_batch_is_quantised_as_its_layer_wants_it() -> None:
+    shape = MoEShape(8, 256, 128, 2, activation_scales="token")
+    batch = make_inputs(Workload(shape, 3), "cpu")
+    quantised = batch.quantise()
+    assert quantised.x_q is not None
+    assert quantised.x_scale is not None
+    x_q, x_scale = quantise_rows(batch.tokens)
+    assert torch.equal(quantised.x_q.view(torch.uint8), x_q.view(torch.uint8))
+    assert torch.equal(quantised.x_scale, x_scale)
 
 
 def test_a_batch_without_tokens_says_so() -> None:

@@ -14,6 +14,8 @@ from reference.quant import (
     dequantise_w13,
     dequantise_weights,
     quantise_activations,
+    quantise_as,
+    quantise_rows,
     quantise_w13,
     quantise_weights,
 )
@@ -119,6 +121,34 @@ def test_gate_and_up_rows_are_blocked_apart() -> None:
     assert torch.equal(q.view(torch.uint8), torch.cat([gate_q, up_q], dim=1).view(torch.uint8))
     halves = [dequantise_weights(gate_q, gate_scale), dequantise_weights(up_q, up_scale)]
     assert torch.equal(dequantise_w13(q, scale), torch.cat(halves, dim=1))
+
+
+@pytest.mark.parametrize("columns", [1, 100, 300])
+def test_whole_rows_have_one_scale_each(columns: int) -> None:
+    values = torch.randn(3, 4, columns)
+    q, scale = quantise_rows(values)
+    expected_scale = values.abs().amax(dim=2, keepdim=True) / 448
+    assert torch.equal(scale, expected_scale)
+    assert torch.equal(q.view(torch.uint8), nearest_code(values / expected_scale))
+    assert torch.equal(dequantise_weights(q, scale), q.float() * expected_scale)
+    assert torch.equal(dequantise_activations(q[0], scale[0]), q[0].float() * expected_scale[0])
+
+
+def test_a_row_scale_of_w13_stays_with_its_row() -> None:
+    q, scale = quantise_rows(torch.randn(2, 2 * 72, 130))
+    assert torch.equal(dequantise_w13(q, scale), q.float() * scale)
+
+
+def test_activations_are_quantised_as_the_layer_says() -> None:
+    x = torch.randn(3, 300)
+    for scales, expected in (
+        ("group", quantise_activations(x)),
+        ("group_ue8m0", quantise_activations(x, power_of_two=True)),
+        ("token", quantise_rows(x)),
+    ):
+        q, scale = quantise_as(x, scales)  # type: ignore[arg-type]
+        assert torch.equal(q.view(torch.uint8), expected[0].view(torch.uint8))
+        assert torch.equal(scale, expected[1])
 
 
 def test_dequantised_bf16_is_the_rounded_fp32_value() -> None:

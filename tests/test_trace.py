@@ -11,10 +11,12 @@ import pytest
 
 from workbench import trace
 from workbench.errors import InputError, RecordError
+from workbench.models import ALIASES
 from workbench.problem import MoEShape
 from workbench.trace import SCHEMA, Accuracy, Environment, Key, Status, Timing, Trace, from_json, to_json
 from workbench.variant import CompileReport, Config
 
+FIRST_COMPARISON = Path(__file__).parents[1] / "experiments/2026-11-23_first_comparison/traces.jsonl"
 ENVIRONMENT = Environment("NVIDIA H200", "580.159.04", "13.0", "2.11.0", "3.6.0", "14.2.0")
 KEY = Key(
     variant="cuda.some",
@@ -123,6 +125,36 @@ def altered(path: str, value: object) -> dict[str, object]:
 def test_a_record_that_does_not_fit_exactly_is_refused(path: str, value: object, complaint: str) -> None:
     with pytest.raises(InputError, match=complaint):
         from_json(altered(path, value))
+
+
+FORM = ("swiglu_limit", "swiglu_alpha", "swiglu_beta", "weight_scales", "activation_scales", "has_bias")
+
+
+def test_a_record_of_before_a_layer_had_forms_is_of_the_plain_layer() -> None:
+    record = to_json(BENCHED)
+    for field in FORM:
+        del record["key"]["shape"][field]
+    assert from_json(record) == BENCHED
+
+
+def test_the_form_of_the_layer_is_part_of_the_key() -> None:
+    limited = dataclasses.replace(KEY, shape=dataclasses.replace(KEY.shape, swiglu_limit=10.0))
+    assert from_json(to_json(dataclasses.replace(VERIFIED, key=limited))).key == limited != KEY
+
+
+def test_the_records_of_the_first_comparison_can_be_read() -> None:
+    shapes = {made.key.shape for made in trace.read(FIRST_COMPARISON)}
+    assert shapes == {ALIASES[name] for name in ("dsv3_tp16", "dsv3_tp8", "qwen3next_tp4")}
+
+
+def test_only_a_torn_line_is_said_to_be_mended_by_recover(tmp_path: Path) -> None:
+    path = tmp_path / "traces.jsonl"
+    path.write_text('{"schema": 2}\n')
+    with pytest.raises(RecordError, match=r"expected 1, got 2$"):
+        trace.read(path)
+    path.write_text('{"schema": 1')
+    with pytest.raises(RecordError, match=r"the last line is torn: .*; `workbench recover` cuts it off$"):
+        trace.read(path)
 
 
 def test_a_malformed_line_is_reported_with_its_number(tmp_path: Path) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
 from faulty_variants import Faulty
 
+from kernels_torch.loop import TorchLoop
 from workbench import environment
 from workbench.generate import make_weights
 from workbench.problem import MoEShape, RoutingLaw, Workload
 from workbench.registry import find
 from workbench.trace import Status, Trace
-from workbench.variant import Config
+from workbench.variant import Config, Variant
 from workbench.verify import Case, key_of, make_case, verify_one
 
 SHAPE = MoEShape(num_experts=4, hidden_size=128, intermediate_size=128, top_k=2)
@@ -81,6 +84,38 @@ def test_the_torch_variants_pass(device: torch.device, name: str, routing: Routi
         pytest.skip(variant.supports(shape, device).reason)
     trace = verify_one(variant, variant.prepare(case.weights), case, Config(), environment.current(device))
     assert (trace.status, trace.message) == (Status.PASSED, "")
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"swiglu_limit": 10.0},
+        {"swiglu_limit": 7.0, "swiglu_alpha": 1.702, "swiglu_beta": 1.0},
+        {"activation_scales": "group_ue8m0"},
+        {"weight_scales": "channel", "activation_scales": "token"},
+        {"has_bias": True},
+    ],
+    ids=str,
+)
+def test_a_variant_that_computes_the_plain_layer_in_place_of_another_form_is_wrong(
+    device: torch.device, form: dict[str, Any]
+) -> None:
+    class Plain(TorchLoop):
+        """Takes every layer for the plain one; with the tolerance that most variants have."""
+
+        tolerance = Variant.tolerance
+
+        def run(self, prepared, inputs, out, config):  # type: ignore[no-untyped-def]
+            weights = dataclasses.replace(prepared, shape=SHAPE, w13_bias=None, w2_bias=None)
+            super().run(weights, dataclasses.replace(inputs, activation_scales="group"), out, config)
+
+    shape = MoEShape(num_experts=4, hidden_size=512, intermediate_size=384, top_k=2, **form)
+    case = case_of(device, Workload(shape, num_tokens=9))
+    right, wrong = TorchLoop(), Plain()
+    assert verify_one(right, case.weights, case, Config(), environment.current(device)).status is Status.PASSED
+    trace = verify_one(wrong, case.weights, case, Config(), environment.current(device))
+    assert trace.status is Status.WRONG
+    assert trace.message.startswith("first run: relative error")
 
 
 @pytest.mark.gpu

@@ -11,8 +11,9 @@ import math
 
 import torch
 
+from reference.quant import ActivationScales
 from workbench.errors import InputError
-from workbench.problem import FP8, MoEShape, scale_blocks
+from workbench.problem import FP8, MoEShape, MoEWeights, WeightScales, scale_blocks
 
 
 def weights(
@@ -22,19 +23,75 @@ def weights(
     w2_scale: torch.Tensor,
     top_k: int,
     num_shared_experts: int,
-) -> MoEShape:
-    """The shape that a layer's weights make, in the layouts of problem.py; InputError when they make none."""
+    *,
+    w13_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    swiglu_limit: float | None = None,
+    swiglu_alpha: float = 1.0,
+    swiglu_beta: float = 0.0,
+    activation_scales: ActivationScales = "group",
+) -> MoEWeights:
+    """The layer that these weights make, on aliases of their memory; InputError when they make none.
+
+    Layouts are those of problem.py. Besides, scales may be float8_e8m0fnu, and one for each expert, [E] or [E, 1, 1],
+    or for its gate and its up rows, [E, 2]; and biases may be bf16. These are converted, which is exact.
+    """
     if not isinstance(w13, torch.Tensor) or w13.dtype is not FP8 or w13.ndim != 3 or w13.shape[1] % 2:
         raise InputError(f"w13: expected float8_e4m3fn [E, 2I, H], got {described(w13)}")
     num_experts, rows, hidden = w13.shape
-    shape = MoEShape(num_experts, hidden, rows // 2, top_k, num_shared_experts)
-    hidden_blocks, intermediate_blocks = scale_blocks(hidden), scale_blocks(rows // 2)
-    device = w13.device
-    tensor("w13", w13, FP8, (num_experts, rows, hidden), device)
-    tensor("w13_scale", w13_scale, torch.float32, (num_experts, 2 * intermediate_blocks, hidden_blocks), device)
-    tensor("w2", w2, FP8, (num_experts, hidden, rows // 2), device)
-    tensor("w2_scale", w2_scale, torch.float32, (num_experts, hidden_blocks, intermediate_blocks), device)
-    return shape
+    tensor("w13", w13, FP8, (num_experts, rows, hidden), w13.device)
+    w13_scale, weight_scales = _scales("w13_scale", w13_scale, w13, 2)
+    tensor("w2", w2, FP8, (num_experts, hidden, rows // 2), w13.device)
+    w2_scale, w2_scales = _scales("w2_scale", w2_scale, w2, 1)
+    if weight_scales != w2_scales:
+        raise InputError(f"w2_scale: expected one scale per {weight_scales}, as w13_scale has, got {w2_scales} scales")
+    if (w13_bias is None) != (w2_bias is None):
+        missing, other = ("w13_bias", "w2_bias") if w13_bias is None else ("w2_bias", "w13_bias")
+        raise InputError(f"{missing}: expected one with {other}, got None")
+    shape = MoEShape(
+        num_experts,
+        hidden,
+        rows // 2,
+        top_k,
+        num_shared_experts,
+        swiglu_limit=swiglu_limit,
+        swiglu_alpha=swiglu_alpha,
+        swiglu_beta=swiglu_beta,
+        weight_scales=weight_scales,
+        activation_scales=activation_scales,
+        has_bias=w13_bias is not None,
+    )
+    biases = _bias("w13_bias", w13_bias, w13), _bias("w2_bias", w2_bias, w2)
+    return MoEWeights(shape, w13.data, w13_scale.data, w2.data, w2_scale.data, *biases)
+
+
+def _scales(name: str, given: torch.Tensor, w: torch.Tensor, halves: int) -> tuple[torch.Tensor, WeightScales]:
+    """The scales of w e4m3 [E, R, C] as variants take them, and of what kind; blocks do not cross its `halves`."""
+    num_experts, rows, columns = w.shape
+    row_blocks, column_blocks = halves * scale_blocks(rows // halves), scale_blocks(columns)
+    if isinstance(given, torch.Tensor) and given.dtype is torch.float8_e8m0fnu:
+        given = given.float()
+    shape = tuple(given.shape) if isinstance(given, torch.Tensor) else ()
+    if shape != (num_experts, row_blocks, column_blocks):
+        if shape == (num_experts, rows, 1):
+            tensor(name, given, torch.float32, shape, w.device)
+            return given, "channel"
+        if shape in ((num_experts,), (num_experts, 1, 1), (num_experts, halves)):
+            tensor(name, given, torch.float32, shape, w.device)
+            by_half = given.view(num_experts, -1, 1)  # [E, 1 or halves, 1]
+            by_row = by_half.repeat_interleave(row_blocks // by_half.shape[1], dim=1)
+            return by_row.expand(-1, -1, column_blocks).contiguous(), "block"
+    tensor(name, given, torch.float32, (num_experts, row_blocks, column_blocks), w.device)
+    return given, "block"
+
+
+def _bias(name: str, given: torch.Tensor | None, w: torch.Tensor) -> torch.Tensor | None:
+    """fp32 [E, R], a bias for each row of w [E, R, C]."""
+    if given is None:
+        return None
+    dtype = torch.bfloat16 if isinstance(given, torch.Tensor) and given.dtype is torch.bfloat16 else torch.float32
+    tensor(name, given, dtype, tuple(w.shape[:2]), w.device)
+    return given.data.float()
 
 
 def batch(
@@ -54,12 +111,12 @@ def batch(
     if x_scale is None:
         if x.dtype is FP8:
             raise InputError(
-                f"x_scale: expected float32 [{num_tokens}, {scale_blocks(hidden)}] with quantised x, got None"
+                f"x_scale: expected float32 [{num_tokens}, {shape.scales_per_token}] with quantised x, got None"
             )
         tensor("x", x, torch.bfloat16, (num_tokens, hidden), device)
     else:
         tensor("x", x, FP8, (num_tokens, hidden), device)
-        tensor("x_scale", x_scale, torch.float32, (num_tokens, scale_blocks(hidden)), device)
+        tensor("x_scale", x_scale, torch.float32, (num_tokens, shape.scales_per_token), device)
     tensor("topk_weights", topk_weights, torch.float32, (num_tokens, shape.top_k), device)
     tensor("topk_ids", topk_ids, torch.int32, (num_tokens, shape.top_k), device)
     if not isinstance(routed_scaling_factor, float | int) or not math.isfinite(routed_scaling_factor):
@@ -87,12 +144,12 @@ def tensor(name: str, given: torch.Tensor, dtype: torch.dtype, shape: tuple[int,
     raise InputError(f"{name}: expected a contiguous tensor {list(shape)}, got strides {list(given.stride())}")
 
 
-def scale_values(name: str, scale: torch.Tensor) -> None:
-    """InputError when a scale is NaN or infinite. Waits for the device."""
-    wrong = ~scale.isfinite()
+def finite_values(name: str, given: torch.Tensor) -> None:
+    """InputError when a scale or bias is NaN or infinite. Waits for the device."""
+    wrong = ~given.isfinite()
     if wrong.any():
         place = wrong.nonzero()[0].tolist()
-        raise InputError(f"{name}: expected finite values, got {scale[tuple(place)].item()} at {place}")
+        raise InputError(f"{name}: expected finite values, got {given[tuple(place)].item()} at {place}")
 
 
 def id_values(topk_ids: torch.Tensor, num_experts: int) -> None:

@@ -1,11 +1,14 @@
 """Weights and batches from a seed.
 
 Values are like those that published kernels were measured on: weights e4m3 of a normal law of deviation 50, scales
-uniform in 2e-4..6e-4, tokens normal, topk_weights a softmax of normal logits. The same seed on the same kind of device
-gives the same tensors.
+uniform in 2e-4..6e-4, tokens normal, topk_weights a softmax of normal logits. Where SwiGLU has a limit, w13's scales
+are such that one value of up in twenty is beyond it; biases are normal, about as large as what they are added to. The
+same seed on the same kind of device gives the same tensors.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -25,13 +28,24 @@ def make_weights(shape: MoEShape, seed: int, device: torch.device | str) -> MoEW
     """One layer's weights on `device`, in the layouts of problem.py."""
     generator = _generator(seed, _WEIGHTS, device)
     experts, hidden, intermediate = shape.num_experts, shape.hidden_size, shape.intermediate_size
-    hidden_blocks, intermediate_blocks = scale_blocks(hidden), scale_blocks(intermediate)
+    w13_scale_shape: tuple[int, int] = (2 * intermediate, 1)
+    w2_scale_shape: tuple[int, int] = (hidden, 1)
+    if shape.weight_scales == "block":
+        w13_scale_shape = (2 * scale_blocks(intermediate), scale_blocks(hidden))
+        w2_scale_shape = (scale_blocks(hidden), scale_blocks(intermediate))
+    dequantised = WEIGHT_DEVIATION * sum(SCALE_RANGE) / 2
+    gate, enlarged = dequantised * math.sqrt(hidden), 1.0  # the deviation of W13gate . x
+    if shape.swiglu_limit is not None:
+        gate, enlarged = shape.swiglu_limit / 2, shape.swiglu_limit / 2 / gate
+    down = dequantised * math.sqrt(intermediate) * gate * (gate + abs(shape.swiglu_beta)) / 2
     return MoEWeights(
         shape=shape,
         w13=_random_fp8(experts, 2 * intermediate, hidden, generator),
-        w13_scale=_random_scales(experts, 2 * intermediate_blocks, hidden_blocks, generator),
+        w13_scale=_random_scales(experts, *w13_scale_shape, generator).mul_(enlarged),
         w2=_random_fp8(experts, hidden, intermediate, generator),
-        w2_scale=_random_scales(experts, hidden_blocks, intermediate_blocks, generator),
+        w2_scale=_random_scales(experts, *w2_scale_shape, generator),
+        w13_bias=_random_bias(experts, 2 * intermediate, gate, generator) if shape.has_bias else None,
+        w2_bias=_random_bias(experts, hidden, down, generator) if shape.has_bias else None,
     )
 
 
@@ -49,7 +63,12 @@ def make_inputs(workload: Workload, device: torch.device | str) -> MoEInputs:
         topk_ids = topk_ids.masked_fill(drop & routed, -1)
     logits = torch.randn(num_tokens, shape.top_k, generator=generator, device=device)
     x = torch.randn(num_tokens, shape.hidden_size, generator=generator, device=device).bfloat16()
-    inputs = MoEInputs(topk_ids=topk_ids.int().contiguous(), topk_weights=logits.softmax(dim=1), x=x)
+    inputs = MoEInputs(
+        topk_ids=topk_ids.int().contiguous(),
+        topk_weights=logits.softmax(dim=1),
+        x=x,
+        activation_scales=shape.activation_scales,
+    )
     return inputs.quantise() if workload.input_kind == "fp8" else inputs
 
 
@@ -68,6 +87,10 @@ def _random_fp8(experts: int, rows: int, columns: int, generator: torch.Generato
 
 def _random_scales(experts: int, rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
     return torch.empty(experts, rows, columns, device=generator.device).uniform_(*SCALE_RANGE, generator=generator)
+
+
+def _random_bias(experts: int, rows: int, deviation: float, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(experts, rows, generator=generator, device=generator.device).mul_(deviation)
 
 
 def _choose(workload: Workload, generator: torch.Generator) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 from workbench.errors import InputError
 from workbench.problem import MoEShape
@@ -27,44 +27,49 @@ class Model:
     """Routed experts; `num_shared_experts` come on top."""
     top_k: int
     num_shared_experts: int
-    router: Literal["softmax", "sigmoid", "unknown"] = "unknown"
     routed_scaling_factor: float = 1.0
     note: str = ""
     """Where the model's layer is more than this workbench's, or how sure the row is."""
+    form: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The fields of MoEShape in which it is not the plain layer."""
 
 
-_UE8M0 = "power-of-two (ue8m0) scales"
-_CLAMPED = "SwiGLU clamped at 10; " + _UE8M0
+_GROUPS = "selection limited to 4 of 8 groups"
+_UE8M0 = {"activation_scales": "group_ue8m0"}
+_V4 = {"swiglu_limit": 10.0, **_UE8M0}
+_GPT_OSS = {"swiglu_limit": 7.0, "swiglu_alpha": 1.702, "swiglu_beta": 1.0, "has_bias": True}
 _REMEMBERED = "from memory, not checked against the published configuration"
 
 MODELS: Mapping[str, Model] = {
     model.name: model
     for model in (
-        Model("deepseek-v3", 7168, 2048, 256, 8, 1, "sigmoid", 2.5, "selection limited to 4 of 8 groups"),
-        Model("deepseek-r1", 7168, 2048, 256, 8, 1, "sigmoid", 2.5, "selection limited to 4 of 8 groups"),
-        Model("deepseek-v3.2", 7168, 2048, 256, 8, 1, "sigmoid", 2.5, f"selection limited to 4 of 8 groups; {_UE8M0}"),
-        Model("deepseek-v4-flash", 4096, 2048, 256, 6, 1, "unknown", 1.5, _CLAMPED),
-        Model("deepseek-v4-pro", 7168, 3072, 384, 6, 1, "unknown", 2.5, _CLAMPED),
-        Model("kimi-k2", 7168, 2048, 384, 8, 1, "sigmoid", 2.827),
-        Model("glm-5", 6144, 2048, 256, 8, 1, "unknown", 2.5),
-        Model("glm-4.5", 5120, 1536, 160, 8, 1, "unknown", 2.5),
-        Model("glm-4.6", 5120, 1536, 160, 8, 1, "unknown", 2.5),
-        Model("glm-4.7", 5120, 1536, 160, 8, 1, "unknown", 2.5),
-        Model("qwen3-235b-a22b", 4096, 1536, 128, 8, 0, "softmax"),
-        Model("qwen3-coder-480b-a35b", 6144, 2560, 160, 8, 0, "softmax"),
-        Model("qwen3-30b-a3b", 2048, 768, 128, 8, 0, "softmax"),
-        Model("qwen3-next-80b-a3b", 2048, 512, 512, 10, 1, "softmax"),
-        Model("qwen3.5-397b", 4096, 1024, 512, 10, 1, "softmax"),
+        Model("deepseek-v3", 7168, 2048, 256, 8, 1, 2.5, _GROUPS),
+        Model("deepseek-r1", 7168, 2048, 256, 8, 1, 2.5, _GROUPS),
+        Model("deepseek-v3.2", 7168, 2048, 256, 8, 1, 2.5, _GROUPS, _UE8M0),
+        Model("deepseek-v4-flash", 4096, 2048, 256, 6, 1, 1.5, form=_V4),
+        Model("deepseek-v4-pro", 7168, 3072, 384, 6, 1, 2.5, form=_V4),
+        Model("kimi-k2", 7168, 2048, 384, 8, 1, 2.827),
+        Model("glm-5", 6144, 2048, 256, 8, 1, 2.5),
+        Model("glm-4.5", 5120, 1536, 160, 8, 1, 2.5),
+        Model("glm-4.6", 5120, 1536, 160, 8, 1, 2.5),
+        Model("glm-4.7", 5120, 1536, 160, 8, 1, 2.5),
+        Model("qwen3-235b-a22b", 4096, 1536, 128, 8, 0),
+        Model("qwen3-coder-480b-a35b", 6144, 2560, 160, 8, 0),
+        Model("qwen3-30b-a3b", 2048, 768, 128, 8, 0),
+        Model("qwen3-next-80b-a3b", 2048, 512, 512, 10, 1),
+        Model("qwen3.5-397b", 4096, 1024, 512, 10, 1),
         Model("qwen3.5-122b", 3072, 1024, 256, 8, 1),
-        Model("minimax-m2.5", 3072, 1536, 256, 8, 0, "sigmoid"),
-        Model("mimo-v2-flash", 4096, 2048, 256, 8, 0, "sigmoid"),
-        Model("step-3.5-flash", 4096, 1280, 288, 8, 1, "sigmoid", 3.0),
-        Model("longcat-flash", 6144, 2048, 512, 12, 0, "unknown", 6.0, "256 identity experts besides"),
-        Model("mixtral-8x7b", 4096, 14336, 8, 2, 0, "softmax"),
-        Model("mixtral-8x22b", 6144, 16384, 8, 2, 0, "softmax"),
+        Model("minimax-m2.5", 3072, 1536, 256, 8, 0),
+        Model("mimo-v2-flash", 4096, 2048, 256, 8, 0),
+        Model("step-3.5-flash", 4096, 1280, 288, 8, 1, 3.0),
+        Model("longcat-flash", 6144, 2048, 512, 12, 0, 6.0, "256 identity experts besides"),
+        Model("mixtral-8x7b", 4096, 14336, 8, 2, 0),
+        Model("mixtral-8x22b", 6144, 16384, 8, 2, 0),
         Model("llama-4-maverick", 5120, 8192, 128, 1, 1, note=f"weight applied to the input ({_REMEMBERED})"),
+        Model("gpt-oss-20b", 2880, 2880, 32, 4, 0, note="published in MXFP4", form=_GPT_OSS),
+        Model("gpt-oss-120b", 2880, 2880, 128, 4, 0, note="published in MXFP4", form=_GPT_OSS),
         Model("ernie-4.5-300b-a47b", 8192, 3584, 64, 8, 0, note=_REMEMBERED),
-        Model("ling-1t", 8192, 2048, 256, 8, 1, "unknown", 2.5, _REMEMBERED),
+        Model("ling-1t", 8192, 2048, 256, 8, 1, 2.5, _REMEMBERED),
     )
 }
 
@@ -99,6 +104,7 @@ def shape_of_model(model: str, tp: int) -> MoEShape:
         top_k=row.top_k + row.num_shared_experts,
         num_shared_experts=row.num_shared_experts,
         name=f"{model}_tp{tp}",
+        **row.form,
     )
 
 

@@ -9,7 +9,9 @@ Layouts and names are the field's (vLLM, SGLang):
     topk_weights fp32 [M, top_k]
     out          bf16 [M, H]
 
-M tokens, E experts, H hidden size, I intermediate size of one tensor-parallel rank.
+M tokens, E experts, H hidden size, I intermediate size of one tensor-parallel rank. That is the plain layer; MoEShape
+names the other forms. With them x_scale may be [M, 1], w13_scale [E, 2I, 1] and w2_scale [E, H, 1], and there may be
+w13_bias fp32 [E, 2I] and w2_bias fp32 [E, H].
 """
 
 from __future__ import annotations
@@ -19,12 +21,12 @@ import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict, get_args
 
 import torch
 
-from reference.quant import GROUP_SIZE, quantise_activations
-from reference.routing import AlignedRouting
+from reference.quant import GROUP_SIZE, ActivationScales, quantise_as
+from reference.routing import AlignedRouting, TiledRouting
 from workbench.errors import InputError
 
 FP8 = torch.float8_e4m3fn
@@ -32,17 +34,58 @@ FP8 = torch.float8_e4m3fn
 InputKind = Literal["bf16", "fp8"]
 INPUT_KINDS: tuple[InputKind, ...] = ("bf16", "fp8")
 
+WeightScales = Literal["block", "channel"]
+"""One scale for each 128 x 128 block of a weight, or one for each of its rows."""
+
+ABSENT_MEANS_DEFAULT = "absent means default"
+"""Metadata of a field that records may lack: it was added later, and its default is what they were made with."""
+
+_FORM = {ABSENT_MEANS_DEFAULT: True}
+
+
+class LayerForm(TypedDict, total=False):
+    """What makes a layer another than the plain one, as public calls take it; see MoEShape for the meanings."""
+
+    w13_bias: torch.Tensor | None
+    w2_bias: torch.Tensor | None
+    swiglu_limit: float | None
+    swiglu_alpha: float
+    swiglu_beta: float
+    activation_scales: ActivationScales
+
+
+PLAIN_FORM: LayerForm = {
+    "w13_bias": None,
+    "w2_bias": None,
+    "swiglu_limit": None,
+    "swiglu_alpha": 1.0,
+    "swiglu_beta": 0.0,
+    "activation_scales": "group",
+}
+
 
 def _positive(name: str, value: int, least: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InputError(f"{name}: expected an integer >= {least}, got {value!r}")
 
 
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _one_of(name: str, allowed: tuple[str, ...], value: object) -> None:
+    if value not in allowed:
+        raise InputError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+
+
 @dataclass(frozen=True)
 class MoEShape:
     """One rank's layer. Shared experts count in `num_experts` and `top_k`; they own the last ids.
 
-    Raises InputError when a size is not a positive integer or top_k exceeds what the experts allow.
+    The fields with defaults behind `activation` are the layer's form. Names and meanings are those of vLLM and, for
+    scales, of compressed-tensors. Weights with one scale per tensor are "block" weights with equal scales.
+
+    Raises InputError when a size is not a positive integer, top_k exceeds what the experts allow, or a form is none.
     """
 
     num_experts: int
@@ -51,6 +94,17 @@ class MoEShape:
     top_k: int
     num_shared_experts: int = 0
     activation: Literal["swiglu"] = "swiglu"
+    swiglu_limit: float | None = dataclasses.field(default=None, metadata=_FORM)
+    """The gate is clamped to at most this and up to plus and minus this; None does not clamp."""
+    swiglu_alpha: float = dataclasses.field(default=1.0, metadata=_FORM)
+    swiglu_beta: float = dataclasses.field(default=0.0, metadata=_FORM)
+    """The activation is gate * sigmoid(alpha * gate) * (up + beta)."""
+    weight_scales: WeightScales = dataclasses.field(default="block", metadata=_FORM)
+    activation_scales: ActivationScales = dataclasses.field(default="group", metadata=_FORM)
+    """How x and the activation are quantised. Engines pair "channel" weights with "token"."""
+    has_bias: bool = dataclasses.field(default=False, metadata=_FORM)
+    """w13_bias is added ahead of the activation; w2_bias to an expert's output, ahead of its topk_weight. Of the ranks
+    of a tensor-parallel group one has the model's w2_bias, the others zeros."""
     name: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -65,16 +119,57 @@ class MoEShape:
             )
         if self.activation != "swiglu":
             raise InputError(f"activation: expected 'swiglu', got {self.activation!r}")
+        if self.swiglu_limit is not None and not (_is_finite(self.swiglu_limit) and self.swiglu_limit > 0):
+            raise InputError(f"swiglu_limit: expected a positive number or None, got {self.swiglu_limit!r}")
+        for field in ("swiglu_alpha", "swiglu_beta"):
+            if not _is_finite(getattr(self, field)):
+                raise InputError(f"{field}: expected a finite number, got {getattr(self, field)!r}")
+        _one_of("weight_scales", get_args(WeightScales), self.weight_scales)
+        _one_of("activation_scales", get_args(ActivationScales), self.activation_scales)
 
     @property
     def w13_rows(self) -> int:
         """N = 2I, the rows of w13."""
         return 2 * self.intermediate_size
 
+    @property
+    def scales_per_token(self) -> int:
+        """The columns of x_scale."""
+        return 1 if self.activation_scales == "token" else scale_blocks(self.hidden_size)
+
+    def unserved(self, *served: str) -> str:
+        """Why a kernel of the plain layer does not compute this one, for `Support.no`; "" if it does.
+
+        `served` names what the kernel does besides: fields of the form, or single values such as "group_ue8m0".
+        """
+        for name, plain, value in self._unusual():
+            if name not in served and value not in served:
+                return f"{name}: expected {plain!r}, got {value!r}"
+        return ""
+
+    def expected_experts_hit(self, num_tokens: int, dropped: float = 0.0) -> float:
+        """Routed experts that a batch reaches on average under uniform routing; shared ones are not counted.
+
+        `dropped` is the fraction of routed choices that are -1.
+        """
+        routed, slots = self.num_experts - self.num_shared_experts, self.top_k - self.num_shared_experts
+        return routed * (1 - (1 - (1 - dropped) * slots / routed) ** num_tokens)
+
+    def _unusual(self) -> list[tuple[str, object, object]]:
+        """(name, the plain layer's value, this one's) of the fields in which this is not the plain layer."""
+        form = [field for field in dataclasses.fields(self) if ABSENT_MEANS_DEFAULT in field.metadata]
+        values = [(field.name, field.default, getattr(self, field.name)) for field in form]
+        return [(name, plain, value) for name, plain, value in values if value != plain]
+
     def __str__(self) -> str:
-        return self.name or (
+        sizes = (
             f"E{self.num_experts}_N{self.w13_rows}_K{self.hidden_size}_top{self.top_k}_shared{self.num_shared_experts}"
         )
+        form = (
+            value if isinstance(value, str) else name.partition("_")[2] + ("" if value is True else f"{value:g}")
+            for name, _, value in self._unusual()
+        )
+        return self.name or "_".join([sizes, *form])
 
 
 @dataclass(frozen=True)
@@ -149,17 +244,25 @@ class Workload:
 
 @dataclass(frozen=True)
 class MoEWeights:
-    """One layer's weights, in the layouts at the head of this file."""
+    """One layer's weights, in the layouts at the head of this file; biases are there if the shape has them."""
 
     shape: MoEShape
     w13: torch.Tensor
     w13_scale: torch.Tensor
     w2: torch.Tensor
     w2_scale: torch.Tensor
+    w13_bias: torch.Tensor | None = None
+    w2_bias: torch.Tensor | None = None
 
     @property
     def device(self) -> torch.device:
         return self.w13.device
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All tensors that are there."""
+        biases = (self.w13_bias, self.w2_bias)
+        return (self.w13, self.w13_scale, self.w2, self.w2_scale, *(bias for bias in biases if bias is not None))
 
 
 @dataclass(frozen=True)
@@ -172,7 +275,9 @@ class MoEInputs:
     x_q: torch.Tensor | None = None
     x_scale: torch.Tensor | None = None
     routed_scaling_factor: float = 1.0
-    aligned: AlignedRouting | None = None
+    aligned: AlignedRouting | TiledRouting | None = None
+    activation_scales: ActivationScales = "group"
+    """How the shape wants `x` quantised."""
 
     @property
     def quantised(self) -> bool:
@@ -194,7 +299,7 @@ class MoEInputs:
         """The same batch with quantised tokens in place of bf16 ones."""
         if self.quantised:
             return self
-        x_q, x_scale = quantise_activations(self.tokens)
+        x_q, x_scale = quantise_as(self.tokens, self.activation_scales)
         return dataclasses.replace(self, x=None, x_q=x_q, x_scale=x_scale)
 
 

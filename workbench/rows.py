@@ -141,14 +141,13 @@ def rows(
 def expected_experts_hit(subject: Subject, num_tokens: int) -> float | None:
     """How many experts a batch reaches on average; None for laws that a formula does not cover."""
     shape = subject.shape
-    routed, slots = (shape.num_experts - shape.num_shared_experts, shape.top_k - shape.num_shared_experts)
-    missed = {
-        "uniform": (1 - (1 - subject.dropped) * slots / routed) ** num_tokens,
-        "one-expert": 1 - slots / routed * (1 - subject.dropped**num_tokens),
+    routed_hit = {
+        "uniform": shape.expected_experts_hit(num_tokens, subject.dropped),
+        "one-expert": (shape.top_k - shape.num_shared_experts) * (1 - subject.dropped**num_tokens),
     }.get(subject.routing)
-    if missed is None:
+    if routed_hit is None:
         return None
-    return (shape.num_shared_experts if num_tokens else 0) + routed * (1 - missed)
+    return (shape.num_shared_experts if num_tokens else 0) + routed_hit
 
 
 def cell_of(subject: Subject, scope: Scope) -> Cell:

@@ -1,8 +1,9 @@
 """Frozen dataclasses to JSON and back, refusing whatever does not fit exactly.
 
 A record is written by one version of the code and read by another, months later: a field that is missing, unknown or of
-another type means that the two disagree, and guessing would put a wrong number into a table. JSON has no NaN, so floats
-that are not finite are written as the strings "nan", "inf" and "-inf".
+another type means that the two disagree, and guessing would put a wrong number into a table. The one exception is a
+field marked ABSENT_MEANS_DEFAULT. JSON has no NaN, so floats that are not finite are written as the strings "nan",
+"inf" and "-inf".
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import typing
 from typing import Any, Literal, TypeVar, Union
 
 from workbench.errors import InputError
+from workbench.problem import ABSENT_MEANS_DEFAULT
 from workbench.variant import Config
 
 T = TypeVar("T")
@@ -69,12 +71,13 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
 def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
     hints = _hints(kind)
     given = _mapping(value, where)
-    missing = [name for name in hints if name not in given]
+    may_be_absent = {field.name for field in dataclasses.fields(kind) if ABSENT_MEANS_DEFAULT in field.metadata}
+    missing = [name for name in hints if name not in given and name not in may_be_absent]
     unknown = [name for name in given if name not in hints]
     if missing or unknown:
         complaints = [f"missing {name!r}" for name in missing] + [f"unknown {name!r}" for name in unknown]
         raise InputError(f"{where}: expected the fields of {kind.__name__}, got {', '.join(complaints)}")
-    return kind(**{name: _decode(hint, given[name], f"{where}.{name}") for name, hint in hints.items()})
+    return kind(**{name: _decode(hints[name], item, f"{where}.{name}") for name, item in given.items()})
 
 
 def _decode_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:

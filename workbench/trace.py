@@ -20,6 +20,7 @@ from workbench.strict_json import decode, encode
 from workbench.variant import CompileReport, Config
 
 SCHEMA = 1
+HOW_TO_MEND = "`workbench recover` cuts it off"
 
 Job = Literal["verify", "bench", "tune", "compile"]
 Scope = Literal["kernel", "layer"]
@@ -153,7 +154,7 @@ def append(path: str | Path, trace: Trace) -> None:
     with os.fdopen(descriptor, "r+b", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            raise RecordError(path, "the last line is torn: expected a line break at its end; recover() drops it")
+            raise RecordError(path, f"the last line is torn: expected a line break at its end; {HOW_TO_MEND}")
         file.write(line.encode())
         os.fsync(descriptor)
 
@@ -168,7 +169,8 @@ def read(path: str | Path) -> list[Trace]:
         return []
     *lines, rest = path.read_bytes().split(b"\n")
     if rest:
-        raise RecordError(f"{path}:{len(lines) + 1}", "the last line is torn: expected a line break at its end")
+        torn = f"the last line is torn: expected a line break at its end; {HOW_TO_MEND}"
+        raise RecordError(f"{path}:{len(lines) + 1}", torn)
     return [_parse(path, number, line) for number, line in enumerate(lines, start=1)]
 
 

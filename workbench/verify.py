@@ -51,7 +51,7 @@ def make_case(workload: Workload, weights: MoEWeights) -> Case:
 
 def expected_output(weights: MoEWeights, inputs: MoEInputs) -> torch.Tensor:
     """What the reference says of a batch: fp32 [M, H]."""
-    inputs = inputs.quantise()
+    inputs, shape = inputs.quantise(), weights.shape
     assert inputs.x_q is not None and inputs.x_scale is not None
     return moe(
         inputs.x_q,
@@ -63,6 +63,12 @@ def expected_output(weights: MoEWeights, inputs: MoEInputs) -> torch.Tensor:
         inputs.topk_weights,
         inputs.topk_ids,
         inputs.routed_scaling_factor,
+        w13_bias=weights.w13_bias,
+        w2_bias=weights.w2_bias,
+        swiglu_limit=shape.swiglu_limit,
+        swiglu_alpha=shape.swiglu_alpha,
+        swiglu_beta=shape.swiglu_beta,
+        activation_scales=shape.activation_scales,
     )
 
 
@@ -181,5 +187,4 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _row_sums(weights: MoEWeights) -> tuple[torch.Tensor, ...]:
-    tensors = (weights.w13, weights.w13_scale, weights.w2, weights.w2_scale)
-    return tuple(_bytes(tensor).sum(dim=-1, dtype=torch.int32) for tensor in tensors)
+    return tuple(_bytes(tensor).sum(dim=-1, dtype=torch.int32) for tensor in weights.tensors)
