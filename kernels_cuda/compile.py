@@ -59,8 +59,17 @@ class Cubin:
 
 
 def sources(kernel: str) -> tuple[Path, ...]:
-    """The .cu file of `kernel` and all headers."""
-    return (SOURCE_FOLDER / f"{kernel}.cu", *sorted(INCLUDE_FOLDER.glob("*.cuh")))
+    """The .cu file of `kernel`, and the headers that it includes, directly or not, in the order of their names."""
+    source = SOURCE_FOLDER / f"{kernel}.cu"
+    headers: set[Path] = set()
+    unread = [source]
+    while unread:
+        for name in re.findall(r'^#include "(.+)"$', unread.pop().read_text(), re.MULTILINE):
+            header = INCLUDE_FOLDER / name
+            if header not in headers:
+                headers.add(header)
+                unread.append(header)
+    return (source, *sorted(headers))
 
 
 def compile_kernel(kernel: str, defines: Mapping[str, int]) -> Cubin:

@@ -7,7 +7,7 @@ launch, so the function handle goes to cuLaunchKernelEx.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import cupy
 import torch
@@ -37,6 +37,9 @@ class Kernel:
     dynamic_smem_bytes: int
     max_clusters: int
     """How many clusters (CTAs, if cluster_size is 1) are resident on the device at a time."""
+    attributes: list[driver.CUlaunchAttribute] = field(repr=False)
+    overlapping_attributes: list[driver.CUlaunchAttribute] = field(repr=False)
+    """`attributes`, and leave to overlap the previous kernel."""
 
     def launch(self, params: ctypes.Structure, num_ctas: int, *, overlap_previous: bool) -> None:
         """Enqueue on torch's current stream.
@@ -44,11 +47,7 @@ class Kernel:
         overlap_previous  may start before the kernel ahead of it in the stream has ended; the kernel must then execute
                           griddepcontrol.wait before it touches what that one writes
         """
-        attributes = []
-        if self.cluster_size > 1:
-            attributes.append(_cluster_attribute(self.cluster_size))
-        if overlap_previous:
-            attributes.append(_overlap_attribute())
+        attributes = self.overlapping_attributes if overlap_previous else self.attributes
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = num_ctas, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = self.num_threads, 1, 1
@@ -62,8 +61,20 @@ class Kernel:
             raise LaunchError(f"{self.name}: launch of {num_ctas} CTAs failed: {result!r}")
 
 
-def load(cubin: Cubin, num_threads: int, cluster_size: int, dynamic_smem_bytes: int, device: torch.device) -> Kernel:
-    """Load on `device` and find out how much of it is resident at a time."""
+def load(
+    cubin: Cubin,
+    num_threads: int,
+    cluster_size: int,
+    dynamic_smem_bytes: int,
+    device: torch.device,
+    *,
+    all_resident: bool = False,
+) -> Kernel:
+    """Load on `device` and find out how much of it is resident at a time.
+
+    all_resident  a launch starts only when all its CTAs can be resident at a time (they may then wait for one another),
+                  and fails when they never can
+    """
     with torch.cuda.device(device), cupy.cuda.Device(torch.cuda.current_device()):
         torch.cuda.current_stream()  # torch's context is the one CuPy joins
         function = cupy.RawModule(path=str(cubin.path)).get_function(cubin.kernel)
@@ -75,15 +86,22 @@ def load(cubin: Cubin, num_threads: int, cluster_size: int, dynamic_smem_bytes: 
         config.gridDimX, config.gridDimY, config.gridDimZ = cluster_size, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = num_threads, 1, 1
         config.sharedMemBytes = dynamic_smem_bytes
+        cluster_attribute = _cluster_attribute(cluster_size)
         config.numAttrs = 1
-        config.attrs = [_cluster_attribute(cluster_size)]
+        config.attrs = [cluster_attribute]
         result, max_clusters = driver.cuOccupancyMaxActiveClusters(handle, config)
         if result != driver.CUresult.CUDA_SUCCESS or max_clusters < 1:
             raise LaunchError(
                 f"{cubin.kernel}: {cluster_size} CTAs of {num_threads} threads with {dynamic_smem_bytes} bytes of "
                 f"shared memory each do not fit the device: {result!r}"
             )
-    return Kernel(cubin.kernel, handle, num_threads, cluster_size, dynamic_smem_bytes, max_clusters)
+    attributes = [cluster_attribute] if cluster_size > 1 else []
+    if all_resident:
+        attributes.append(_cooperative_attribute())
+    overlapping = [*attributes, _overlap_attribute()]
+    return Kernel(
+        cubin.kernel, handle, num_threads, cluster_size, dynamic_smem_bytes, max_clusters, attributes, overlapping
+    )
 
 
 _modules: list[cupy.RawKernel] = []  # a module unloads when its last kernel object goes
@@ -93,6 +111,13 @@ def _cluster_attribute(cluster_size: int) -> driver.CUlaunchAttribute:
     attribute = driver.CUlaunchAttribute()
     attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
     attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = cluster_size, 1, 1
+    return attribute
+
+
+def _cooperative_attribute() -> driver.CUlaunchAttribute:
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+    attribute.value.cooperative = 1
     return attribute
 
 

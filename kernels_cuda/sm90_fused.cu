@@ -8,16 +8,19 @@
 // A persistent cluster takes items in turn. Its CTAs share one item: each sums a part of K for the up projection, the
 // partial sums meet in distributed shared memory, then each takes a part of the columns of `out`. Weight loads run
 // ahead through a ring of kNumStages tiles of 32 KB, across the phases and across items, for they depend on nothing
-// that is computed.
+// that is computed. Gate and up rows may lie interleaved: the copy engine sorts them.
 //
 // Warps 0-7 (two warpgroups) multiply; warp 8 loads weights; warps 9-11 gather tokens and scales.
 //
 // Set by the compiler's command line: BLOCK_M (8..128, step 8), CLUSTER_SIZE (1, 2, 4, 8), NUM_STAGES, and what the
 // launcher passes: SMEM_BYTES of shared memory and PARAMS_BYTES of parameters.
+#include "activation.cuh"
 #include "cluster.cuh"
 #include "copy.cuh"
 #include "mbarrier.cuh"
 #include "numeric.cuh"
+#include "promote.cuh"
+#include "registers.cuh"
 #include "wgmma.cuh"
 
 constexpr uint32_t kBlockM = BLOCK_M;
@@ -45,7 +48,7 @@ static_assert(kBlockM % 8 == 0 && kBlockM >= 8 && kBlockM <= 128, "wgmma takes 8
 static_assert(kClusterSize == 1 || kClusterSize == 2 || kClusterSize == 4 || kClusterSize == 8, "portable cluster sizes");
 
 struct Params {
-    TensorMap w13;  // [E * 2I, H], boxes of 128 rows x 128 bytes
+    TensorMap w13;  // [E * 2I, H], boxes of 128 rows x 128 bytes; interleaved: [E, I/8, 2, 8, H], boxes of 16 x 1 x 8 rows
     TensorMap w2;   // [E * H, I], boxes of 128 rows in the order of `down_columns` below
     const uint8_t* x_q;
     const float* x_scale;
@@ -56,12 +59,14 @@ struct Params {
     const int32_t* num_tokens_post_padded;
     const float* topk_weights;
     uint16_t* out;
+    ActivationForm form;
     float routed_scaling_factor;
     uint32_t num_choices;  // M * top_k; larger ids are padding
     uint32_t top_k;
     uint32_t hidden_size;
     uint32_t intermediate_size;
     uint32_t inputs_from_previous_kernel;  // tokens and routing are written by the kernel just before in the stream
+    uint32_t interleaved;  // gate and up rows of w13 alternate by 8, of w13_scale by 1; else all gate rows come first
 };
 
 static_assert(sizeof(Params) == PARAMS_BYTES, "the launcher's struct differs");
@@ -124,8 +129,14 @@ __device__ __forceinline__ void load_weights(const Params& p, SharedStorage& sha
             uint64_t& full = shared.full[ring.stage];
             mbarrier::wait(shared.empty[ring.stage], ring.parity ^ 1);
             mbarrier::arrive_expect_bytes(full, 2 * kHalfBytes);
-            tma_load_2d(shared.weights[ring.stage][0], p.w13, full, k * kTileK, gate_row);
-            tma_load_2d(shared.weights[ring.stage][1], p.w13, full, k * kTileK, up_row);
+            if (p.interleaved) {
+                const int32_t rows_of_8 = chunk * kGroupSize / 8;
+                tma_load_5d(shared.weights[ring.stage][0], p.w13, full, k * kTileK, 0, 0, rows_of_8, expert);
+                tma_load_5d(shared.weights[ring.stage][1], p.w13, full, k * kTileK, 0, 1, rows_of_8, expert);
+            } else {
+                tma_load_2d(shared.weights[ring.stage][0], p.w13, full, k * kTileK, gate_row);
+                tma_load_2d(shared.weights[ring.stage][1], p.w13, full, k * kTileK, up_row);
+            }
         }
         const int32_t column = chunk * kGroupSize;
         for (uint32_t group = schedule.first_group; group < schedule.num_groups; group += kClusterSize, ring.advance()) {
@@ -163,8 +174,9 @@ __device__ __forceinline__ void gather_tokens(const Params& p, SharedStorage& sh
         }
         named_barrier(kGatherBarrier, kNumGatherThreads);
 
-        const uint32_t gate_scale_row = (expert * 2 + 0) * schedule.num_chunks + chunk;
-        const float* w13_scale = p.w13_scale + static_cast<uint64_t>(gate_scale_row + thread * schedule.num_chunks) * num_k;
+        const uint32_t scale_row = p.interleaved ? 2 * chunk + thread : chunk + thread * schedule.num_chunks;
+        const float* w13_scale =
+            p.w13_scale + static_cast<uint64_t>(expert * 2 * schedule.num_chunks + scale_row) * num_k;
 #pragma unroll 1
         for (uint32_t k = schedule.first_k; k < schedule.last_k; ++k, ring.advance()) {
             mbarrier::wait(shared.empty[ring.stage], ring.parity ^ 1);
@@ -196,20 +208,6 @@ __device__ __forceinline__ void gather_tokens(const Params& p, SharedStorage& sh
         }
     }
     cp_async_wait_all();
-}
-
-// sum += partial * (scale of the weight block) * (scale of the token): the promotion of one K tile to fp32.
-__device__ __forceinline__ void promote(float (&sum)[kBlockM / 2], const float (&partial)[kBlockM / 2],
-                                        const float* token_scale, float weight_scale, uint32_t lane) {
-#pragma unroll
-    for (uint32_t j = 0; j < kBlockM / 8; ++j) {
-        const float2 scale = *reinterpret_cast<const float2*>(token_scale + 8 * j + 2 * (lane % 4));
-        const float left = scale.x * weight_scale, right = scale.y * weight_scale;
-        sum[4 * j + 0] += partial[4 * j + 0] * left;
-        sum[4 * j + 1] += partial[4 * j + 1] * right;
-        sum[4 * j + 2] += partial[4 * j + 2] * left;
-        sum[4 * j + 3] += partial[4 * j + 3] * right;
-    }
 }
 
 // Two warpgroups: each 64 gate rows and the same 64 up rows of the chunk, then 128 of each group's 256 columns.
@@ -257,20 +255,20 @@ struct Math {
                 wgmma::multiply_k128<kBlockM>(up_partial, up_rows, tokens);
                 wgmma::wait<1>();
                 wgmma::pin(gate_partial);
-                promote(gate, gate_partial, token_scale, gate_scale, lane);
+                promote<kBlockM>(gate, gate_partial, token_scale, gate_scale, lane);
                 wgmma::wait<0>();
                 wgmma::pin(up_partial);
-                promote(up, up_partial, token_scale, up_scale, lane);
+                promote<kBlockM>(up, up_partial, token_scale, up_scale, lane);
             } else {
                 float partial[kBlockM / 2];
                 wgmma::multiply_k128<kBlockM>(partial, gate_rows, tokens);
                 wgmma::wait<0>();
                 wgmma::pin(partial);
-                promote(gate, partial, token_scale, gate_scale, lane);
+                promote<kBlockM>(gate, partial, token_scale, gate_scale, lane);
                 wgmma::multiply_k128<kBlockM>(partial, up_rows, tokens);
                 wgmma::wait<0>();
                 wgmma::pin(partial);
-                promote(up, partial, token_scale, up_scale, lane);
+                promote<kBlockM>(up, partial, token_scale, up_scale, lane);
             }
             release_stage();
         }
@@ -325,7 +323,7 @@ struct Math {
 #pragma unroll
         for (uint32_t j = 0; j < kBlockM / 8; ++j) {
 #pragma unroll
-            for (uint32_t i = 4 * j; i < 4 * j + 4; ++i) gate[i] = swiglu(gate[i], up[i]);
+            for (uint32_t i = 4 * j; i < 4 * j + 4; ++i) gate[i] = p.form.swiglu(gate[i], up[i]);
             float left = fmaxf(fabsf(gate[4 * j]), fabsf(gate[4 * j + 2]));
             float right = fmaxf(fabsf(gate[4 * j + 1]), fabsf(gate[4 * j + 3]));
 #pragma unroll
@@ -337,10 +335,10 @@ struct Math {
         }
         named_barrier(kMathBarrier, kNumMathThreads);
         if (thread < kBlockM) {
-            float amax = kSmallestAmax;
+            float amax = 0.f;
 #pragma unroll
             for (uint32_t w = 0; w < kNumMathWarps; ++w) amax = fmaxf(amax, shared.amax[w][thread]);
-            const float scale = amax / kE4M3Max;
+            const float scale = p.form.scale(amax);
             shared.inverse_scale[thread] = 1.f / scale;
             const uint32_t choice = p.sorted_token_ids[block * kBlockM + thread];
             OutputRow row{0.f, -1};
@@ -439,13 +437,13 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) sm90_fused(const __
     if (p.inputs_from_previous_kernel) grid_dependency::wait();
     // Each role makes its own Schedule: values shared across the change of register counts would be spilled.
     if (threadIdx.x >= kNumMathThreads) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
+        registers::decrease<kProducerRegisters>();
         if (threadIdx.x == kNumMathThreads)
             load_weights(p, shared, Schedule(p, rank));
         else if (threadIdx.x >= kNumMathThreads + 32)
             gather_tokens(p, shared, Schedule(p, rank), threadIdx.x - kNumMathThreads - 32);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kMathRegisters));
+        registers::increase<kMathRegisters>();
         grid_dependency::wait();  // `out` is zeroed by the previous kernel
         Math(p, shared, Schedule(p, rank), rank).run();
     }

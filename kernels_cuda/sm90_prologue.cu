@@ -1,157 +1,394 @@
-// Everything a fused kernel needs before it can start, in one launch: CTA 0 aligns the routing into blocks, the others
-// quantise the tokens and zero the output. Each of the three is left out when its pointers are null.
+// Everything a fused kernel needs before it can start, in one launch: the first CTAs group the choices by expert, the
+// others quantise the tokens, zero the output and fill a scratch area with ones. Each part is left out when it has
+// nothing to do.
 //
-// Alignment by one CTA is a counting sort in shared memory. It takes about as long as quantising the same batch does, so
-// it hides behind it; a grid-wide sort would need a second launch.
+// Grouping is a counting sort in shared memory, by one CTA for few choices and by clusters for many. The CTAs of a
+// cluster count a slice of the choices each and read one another's counts. More clusters share nothing: each counts all
+// choices and scatters those of some experts, because scattered stores, not counting, are what takes long. Nothing
+// outlives the launch.
+//
+// Quantising divides every value by its group's scale, to the last bit: many quotients are ties between two e4m3 codes.
+// The product with the reciprocal, corrected once by its remainder, is the rounded quotient, in three instructions
+// (after Markstein, 1990; his theorem asks for a little more than holds here, and so tests/test_sm90_prologue.py goes
+// through all pairs of mantissas).
 //
 // Set by the compiler's command line: PARAMS_BYTES, the size of what the launcher passes.
+#include "activation.cuh"
 #include "cluster.cuh"
 #include "numeric.cuh"
 
-constexpr uint32_t kNumThreads = 1024;
-constexpr uint32_t kMaxExperts = 1024;
-constexpr uint32_t kBatch = 8;  // independent loads in flight per thread
+constexpr uint32_t kNumThreads = 512;
+constexpr uint32_t kNumWarps = kNumThreads / 32;
+constexpr uint32_t kLargeCluster = 8;
+constexpr uint32_t kExpertsPerThread = 2;
+constexpr uint32_t kMaxExperts = kExpertsPerThread * kNumThreads;
+constexpr uint32_t kRowStep = 8;          // tiles differ in height by multiples of this
+constexpr uint32_t kMaxHeights = 32;      // one lane each
+constexpr uint32_t kChoicesInFlight = 8;  // loads ahead of the first use, per thread
+constexpr uint32_t kGroupsInFlight = 2;
 
 struct Params {
-    // align; null topk_ids: leave out
-    const int32_t* topk_ids;          // [num_choices], -1: not on this rank
-    int32_t* sorted_token_ids;        // [capacity]
-    int32_t* expert_ids;              // [capacity / block_m]
+    // group by expert; no routing CTAs: leave out
+    const int32_t* topk_ids;  // [num_choices]; an id outside 0..num_experts-1 is not on this rank
+    int32_t* sorted_choices;  // [num_choices] in tiles, [capacity] in blocks
+    // as tiles of up to max_rows; null: as blocks
+    int4* tiles;  // reference.routing.TiledRouting.tiles
+    // as blocks of max_rows
+    int32_t* expert_ids;              // [capacity / max_rows]
     int32_t* num_tokens_post_padded;  // [1]
-    // quantise; null x: leave out
-    const uint16_t* x;  // bf16 [num_tokens, hidden_size]
-    uint8_t* x_q;       // e4m3, same shape
-    float* x_scale;     // [num_tokens, hidden_size / 128]
-    // zero; null: leave out
-    uint16_t* out;  // bf16 [num_tokens, hidden_size]
-    uint64_t num_values;  // num_tokens * hidden_size
+    // quantise
+    const uint4* x;  // bf16 [num_groups, 128]
+    uint2* x_q;      // e4m3 [num_groups, 128]
+    float* x_scale;  // [num_groups]
+    // fill with zeros, fill with ones
+    uint4* out;
+    uint4* poison;
+    uint64_t num_out_vectors;
+    uint64_t num_poison_vectors;
+    uint32_t num_groups;
     uint32_t num_choices;
     uint32_t num_experts;
-    uint32_t block_m;
+    uint32_t max_rows;
     uint32_t capacity;
+    uint32_t cluster_size;
+    uint32_t num_routing_ctas;  // whole clusters
+    uint32_t power_of_two_scales;
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "the launcher's struct differs");
 
 struct SharedStorage {
-    uint32_t count[kMaxExperts];
-    uint32_t first_slot[kMaxExperts + 1];  // of each expert's first block; the last entry is the padded total
-    uint32_t next_slot[kMaxExperts];
-    uint32_t warp_total[kNumThreads / 32];
+    alignas(8) uint32_t count[kMaxExperts];  // of this CTA's slice; read by the others of the cluster
+    uint32_t next_slot[kMaxExperts];         // in sorted_choices, of this CTA's slice
+    uint32_t first_slot[kMaxExperts];
+    uint32_t cut[kMaxExperts];               // Cut::packed()
+    uint32_t full_tile[kMaxExperts];         // the expert's first full tile and its last one, counted among those
+    uint32_t last_tile[kMaxExperts];         // of the same height
+    uint32_t tiles_of_height[kMaxHeights + 1];  // the index is height / kRowStep
+    uint32_t warp_total[kNumWarps];
 };
 
-// Calls visit(choice, expert) for every choice whose expert is on this rank, many loads ahead of the first use.
-template <typename Visit>
-__device__ __forceinline__ void for_each_choice(const Params& p, Visit visit) {
-    for (uint32_t base = threadIdx.x; base < p.num_choices; base += kBatch * kNumThreads) {
-        uint32_t expert[kBatch];
-#pragma unroll
-        for (uint32_t i = 0; i < kBatch; ++i) {
-            const uint32_t choice = base + i * kNumThreads;
-            expert[i] = choice < p.num_choices ? p.topk_ids[choice] : ~0u;
-        }
-#pragma unroll
-        for (uint32_t i = 0; i < kBatch; ++i)
-            if (expert[i] < p.num_experts) visit(base + i * kNumThreads, expert[i]);
-    }
-}
-
-// Sum of `value` over the threads before this one.
-__device__ __forceinline__ uint32_t exclusive_sum(uint32_t value, uint32_t (&warp_total)[kNumThreads / 32]) {
-    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    uint32_t sum = value;
+// Sum of `value` over this lane and those before it.
+__device__ __forceinline__ uint32_t inclusive_sum_of_warp(uint32_t value) {
 #pragma unroll
     for (uint32_t offset = 1; offset < 32; offset *= 2) {
-        const uint32_t before = __shfl_up_sync(~0u, sum, offset);
-        if (lane >= offset) sum += before;
+        const uint32_t before = __shfl_up_sync(~0u, value, offset);
+        if (threadIdx.x % 32 >= offset) value += before;
     }
-    if (lane == 31) warp_total[warp] = sum;
-    __syncthreads();
-    if (warp == 0) {
-        uint32_t total = warp_total[lane];
-#pragma unroll
-        for (uint32_t offset = 1; offset < 32; offset *= 2) {
-            const uint32_t before = __shfl_up_sync(~0u, total, offset);
-            if (lane >= offset) total += before;
-        }
-        warp_total[lane] = total;
-    }
-    __syncthreads();
-    return sum - value + (warp > 0 ? warp_total[warp - 1] : 0u);
+    return value;
 }
 
-__device__ __forceinline__ void align(const Params& p, SharedStorage& shared) {
-    const uint32_t thread = threadIdx.x;
-    shared.count[thread] = 0;
+// Sum of `value` over the threads before this one; `total` is that over all.
+__device__ __forceinline__ uint32_t exclusive_sum(uint32_t value, uint32_t (&warp_total)[kNumWarps], uint32_t& total) {
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const uint32_t within = inclusive_sum_of_warp(value);
+    if (lane == 31) warp_total[warp] = within;
     __syncthreads();
-    for_each_choice(p, [&](uint32_t, uint32_t expert) { atomicAdd(&shared.count[expert], 1u); });
-    __syncthreads();
+    const uint32_t warps = inclusive_sum_of_warp(lane < kNumWarps ? warp_total[lane] : 0u);
+    total = __shfl_sync(~0u, warps, 31);
+    const uint32_t before = __shfl_sync(~0u, warps, (warp + 31) % 32);
+    return within - value + (warp > 0 ? before : 0u);
+}
 
-    const uint32_t count = shared.count[thread];
-    const uint32_t padded = ceil_div(count, p.block_m) * p.block_m;
-    const uint32_t first = exclusive_sum(padded, shared.warp_total);
-    shared.first_slot[thread] = first;
-    shared.next_slot[thread] = first;
-    if (thread == kNumThreads - 1) {
-        shared.first_slot[kMaxExperts] = first + padded;
-        *p.num_tokens_post_padded = first + padded;
+// Calls visit(choice, expert) for the choices of this CTA's slice, kChoicesInFlight at a time and kStep apart: `choice`
+// is the first of them. `expert` is ~0 past the last choice.
+template <uint32_t kClusterSize, typename Visit>
+__device__ __forceinline__ void for_each_batch(const Params& p, Visit visit) {
+    constexpr uint32_t kStep = kClusterSize * kNumThreads;
+    const uint32_t first = blockIdx.x % kClusterSize * kNumThreads + threadIdx.x;
+    for (uint32_t choice = first; choice < p.num_choices; choice += kChoicesInFlight * kStep) {
+        uint32_t expert[kChoicesInFlight];
+#pragma unroll
+        for (uint32_t i = 0; i < kChoicesInFlight; ++i)
+            expert[i] = choice + i * kStep < p.num_choices ? p.topk_ids[choice + i * kStep] : ~0u;
+        visit(choice, expert);
     }
-    for (uint32_t slot = first + count; slot < first + padded; ++slot) p.sorted_token_ids[slot] = p.num_choices;
-    __syncthreads();
+}
 
-    const uint32_t total = shared.first_slot[kMaxExperts];
-    for (uint32_t slot = total + thread; slot < p.capacity; slot += kNumThreads) p.sorted_token_ids[slot] = p.num_choices;
-    for (uint32_t block = thread; block < p.capacity / p.block_m; block += kNumThreads) {
-        const uint32_t slot = block * p.block_m;
-        uint32_t low = 0, high = kMaxExperts;  // the expert is the last whose first slot is at or before this one
-        while (high - low > 1) {
-            const uint32_t middle = (low + high) / 2;
-            (shared.first_slot[middle] <= slot ? low : high) = middle;
-        }
-        p.expert_ids[block] = slot < total ? static_cast<int32_t>(low) : -1;
-    }
-    for_each_choice(p, [&](uint32_t choice, uint32_t expert) {
-        p.sorted_token_ids[atomicAdd(&shared.next_slot[expert], 1u)] = choice;
+template <uint32_t kClusterSize>
+__device__ __forceinline__ void count_choices(const Params& p, SharedStorage& shared) {
+    for_each_batch<kClusterSize>(p, [&](uint32_t, const uint32_t (&expert)[kChoicesInFlight]) {
+#pragma unroll
+        for (uint32_t i = 0; i < kChoicesInFlight; ++i)
+            if (expert[i] < p.num_experts) atomicAdd(&shared.count[expert[i]], 1u);
     });
 }
 
-// 16 lanes take one group of 128 values: 8 values (16 bytes) each.
-__device__ __forceinline__ void quantise_and_zero(const Params& p, uint32_t cta, uint32_t num_ctas) {
-    constexpr uint32_t kLanes = 16, kValues = kGroupSize / kLanes;
-    const uint32_t lane = threadIdx.x % kLanes;
-    const uint64_t num_groups = p.num_values / kGroupSize;
-    const uint64_t step = static_cast<uint64_t>(num_ctas) * blockDim.x / kLanes;
-    for (uint64_t group = (static_cast<uint64_t>(cta) * blockDim.x + threadIdx.x) / kLanes; group < num_groups; group += step) {
-        const uint64_t first = group * kGroupSize + lane * kValues;
-        if (p.out != nullptr) *reinterpret_cast<uint4*>(p.out + first) = make_uint4(0, 0, 0, 0);
-        if (p.x == nullptr) continue;
-        const uint4 packed = *reinterpret_cast<const uint4*>(p.x + first);
-        const float values[kValues] = {bf16_low(packed.x), bf16_high(packed.x), bf16_low(packed.y), bf16_high(packed.y),
-                                       bf16_low(packed.z), bf16_high(packed.z), bf16_low(packed.w), bf16_high(packed.w)};
-        float amax = kSmallestAmax;
+// Puts the choices with an expert in begin..end-1 into their slots.
+template <uint32_t kClusterSize>
+__device__ __forceinline__ void scatter_choices(const Params& p, SharedStorage& shared, uint32_t begin, uint32_t end) {
+    for_each_batch<kClusterSize>(p, [&](uint32_t choice, const uint32_t (&expert)[kChoicesInFlight]) {
+        uint32_t slot[kChoicesInFlight];
 #pragma unroll
-        for (uint32_t i = 0; i < kValues; ++i) amax = fmaxf(amax, fabsf(values[i]));
+        for (uint32_t i = 0; i < kChoicesInFlight; ++i)
+            if (expert[i] - begin < end - begin) slot[i] = atomicAdd(&shared.next_slot[expert[i]], 1u);
 #pragma unroll
-        for (uint32_t offset = kLanes / 2; offset > 0; offset /= 2)
-            amax = fmaxf(amax, __shfl_xor_sync(0xffffu << (threadIdx.x & 16), amax, offset));
-        const float scale = amax / kE4M3Max;
-        uint32_t quantised[2];
-#pragma unroll
-        for (uint32_t i = 0; i < 2; ++i) {
-            const uint32_t low = pack_e4m3x2(values[4 * i] / scale, values[4 * i + 1] / scale);
-            const uint32_t high = pack_e4m3x2(values[4 * i + 2] / scale, values[4 * i + 3] / scale);
-            quantised[i] = low | high << 16;
+        for (uint32_t i = 0; i < kChoicesInFlight; ++i)
+            if (expert[i] - begin < end - begin) p.sorted_choices[slot[i]] = choice + i * kClusterSize * kNumThreads;
+    });
+}
+
+// How many experts have their first slot before `slot`.
+__device__ __forceinline__ uint32_t experts_before(const SharedStorage& shared, uint32_t slot) {
+    uint32_t before = 0, end = kMaxExperts;
+    while (before < end) {
+        const uint32_t middle = (before + end) / 2;
+        if (shared.first_slot[middle] < slot)
+            before = middle + 1;
+        else
+            end = middle;
+    }
+    return before;
+}
+
+// An expert's rows, cut into `num_full` tiles of `height` rows and, unless it is 0, one of `last_rows`.
+struct Cut {
+    uint32_t height, num_full, last_rows;
+
+    __device__ __forceinline__ Cut(uint32_t num_rows, uint32_t max_rows)
+        : height(kRowStep), num_full(0), last_rows(num_rows) {
+        if (num_rows <= max_rows) return;
+        const uint32_t even = ceil_div(num_rows, ceil_div(num_rows, max_rows));
+        height = ceil_div(even, kRowStep) * kRowStep;
+        num_full = num_rows / height;
+        last_rows = num_rows % height;
+    }
+    __device__ __forceinline__ uint32_t packed() const {
+        return num_full << 12 | height / kRowStep << 6 | ceil_div(last_rows, kRowStep);
+    }
+    static __device__ __forceinline__ uint32_t full_tiles(uint32_t packed, uint32_t height) {
+        return (packed >> 6) % 64 == height ? packed >> 12 : 0u;
+    }
+    static __device__ __forceinline__ bool ends_in(uint32_t packed, uint32_t height) { return packed % 64 == height; }
+};
+
+// For every expert the positions of its tiles among all of the same height: a warp takes one height, a lane a run of
+// experts. Heights are in units of kRowStep; the loops are over an odd number of experts, which keeps lanes on
+// different banks.
+__device__ __forceinline__ void rank_tiles(const Params& p, SharedStorage& shared) {
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const uint32_t run = ceil_div(p.num_experts, 32u) | 1u;
+    const uint32_t begin = lane * run, end = min(begin + run, p.num_experts);
+    for (uint32_t height = warp + 1; height <= p.max_rows / kRowStep; height += kNumWarps) {
+        uint32_t num_tiles = 0;
+        for (uint32_t expert = begin; expert < end; ++expert) {
+            const uint32_t cut = shared.cut[expert];
+            num_tiles += Cut::full_tiles(cut, height) + Cut::ends_in(cut, height);
         }
-        *reinterpret_cast<uint2*>(p.x_q + first) = make_uint2(quantised[0], quantised[1]);
-        if (lane == 0) p.x_scale[group] = scale;
+        const uint32_t sum = inclusive_sum_of_warp(num_tiles);
+        if (lane == 31) shared.tiles_of_height[height] = sum;
+        if (num_tiles == 0) continue;
+        uint32_t tile = sum - num_tiles;
+        for (uint32_t expert = begin; expert < end; ++expert) {
+            const uint32_t cut = shared.cut[expert];
+            if (const uint32_t full = Cut::full_tiles(cut, height)) {
+                shared.full_tile[expert] = tile;
+                tile += full;
+            }
+            if (Cut::ends_in(cut, height)) shared.last_tile[expert] = tile++;
+        }
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kNumThreads, 1) sm90_prologue(const __grid_constant__ Params p) {
+// The list of tiles, higher ones first; each routing CTA writes every num_routing_ctas-th tile of an expert.
+__device__ __forceinline__ void write_tiles(const Params& p, SharedStorage& shared, uint32_t num_rows,
+                                            const uint32_t (&count)[kExpertsPerThread],
+                                            const uint32_t (&first_slot)[kExpertsPerThread]) {
+    const uint32_t first_expert = kExpertsPerThread * threadIdx.x;
+#pragma unroll
+    for (uint32_t i = 0; i < kExpertsPerThread; ++i)
+        shared.cut[first_expert + i] = Cut(count[i], p.max_rows).packed();
+    __syncthreads();
+    rank_tiles(p, shared);
+    __syncthreads();
+
+    const uint32_t lane_height = kMaxHeights - threadIdx.x % 32;  // lane 0 has the greatest
+    const uint32_t num_tiles = lane_height <= p.max_rows / kRowStep ? shared.tiles_of_height[lane_height] : 0u;
+    const uint32_t num_padded_rows = num_tiles * lane_height * kRowStep;
+    const uint32_t sum = inclusive_sum_of_warp(num_tiles);
+    const uint32_t higher_tiles = sum - num_tiles;
+    const uint32_t higher_rows = inclusive_sum_of_warp(num_padded_rows) - num_padded_rows;
+    const uint32_t lanes_with_tiles = __ballot_sync(~0u, num_tiles > 0);
+    if (blockIdx.x == 0 && threadIdx.x == 31) {
+        const uint32_t largest = lanes_with_tiles != 0 ? kMaxHeights + 1 - __ffs(lanes_with_tiles) : 0u;
+        p.tiles[0] = make_int4(sum, num_rows, largest * kRowStep, 0);
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < kExpertsPerThread; ++i) {
+        const uint32_t expert = first_expert + i;
+        const Cut cut(count[i], p.max_rows);
+        const uint32_t last_height = ceil_div(cut.last_rows, kRowStep) * kRowStep;
+        const uint32_t full_lane = kMaxHeights - cut.height / kRowStep;
+        const uint32_t last_lane = kMaxHeights - last_height / kRowStep;
+        const uint32_t before_full = __shfl_sync(~0u, higher_tiles, full_lane);
+        const uint32_t rows_before_full = __shfl_sync(~0u, higher_rows, full_lane);
+        const uint32_t before_last = __shfl_sync(~0u, higher_tiles, last_lane % 32);
+        const uint32_t rows_before_last = __shfl_sync(~0u, higher_rows, last_lane % 32);
+        uint32_t index = blockIdx.x;
+        for (; index < cut.num_full; index += p.num_routing_ctas) {
+            const uint32_t tile = shared.full_tile[expert] + index;
+            p.tiles[1 + before_full + tile] = make_int4(expert, first_slot[i] + index * cut.height, cut.height,
+                                                        rows_before_full + tile * cut.height);
+        }
+        if (index == cut.num_full && cut.last_rows > 0) {
+            const uint32_t tile = shared.last_tile[expert];
+            p.tiles[1 + before_last + tile] = make_int4(expert, first_slot[i] + index * cut.height, cut.last_rows,
+                                                        rows_before_last + tile * last_height);
+        }
+    }
+}
+
+// The experts of all blocks, and what stands where there is no choice.
+__device__ __forceinline__ void write_blocks(const Params& p, uint32_t total,
+                                             const uint32_t (&count)[kExpertsPerThread],
+                                             const uint32_t (&first_slot)[kExpertsPerThread]) {
+    const uint32_t block_m = p.max_rows, num_ctas = p.num_routing_ctas;
+#pragma unroll
+    for (uint32_t i = 0; i < kExpertsPerThread; ++i) {
+        const uint32_t num_blocks = ceil_div(count[i], block_m), first_block = first_slot[i] / block_m;
+        for (uint32_t block = blockIdx.x; block < num_blocks; block += num_ctas)
+            p.expert_ids[first_block + block] = kExpertsPerThread * threadIdx.x + i;
+        for (uint32_t row = count[i] + blockIdx.x; row < num_blocks * block_m; row += num_ctas)
+            p.sorted_choices[first_slot[i] + row] = p.num_choices;
+    }
+    const uint32_t thread = blockIdx.x * kNumThreads + threadIdx.x;
+    for (uint32_t slot = total + thread; slot < p.capacity; slot += num_ctas * kNumThreads)
+        p.sorted_choices[slot] = p.num_choices;
+    for (uint32_t block = total / block_m + thread; block < p.capacity / block_m; block += num_ctas * kNumThreads)
+        p.expert_ids[block] = -1;
+    if (thread == 0) *p.num_tokens_post_padded = total;
+}
+
+template <uint32_t kClusterSize>
+__device__ __forceinline__ void route(const Params& p, SharedStorage& shared) {
+    const uint32_t first_expert = kExpertsPerThread * threadIdx.x, rank = blockIdx.x % kClusterSize;
+    *reinterpret_cast<uint2*>(&shared.count[first_expert]) = make_uint2(0, 0);
+    __syncthreads();
+    count_choices<kClusterSize>(p, shared);
+    uint32_t count[kExpertsPerThread] = {}, earlier[kExpertsPerThread] = {};  // of all slices, of those before this
+    if constexpr (kClusterSize == 1) {
+        __syncthreads();
+        count[0] = shared.count[first_expert];
+        count[1] = shared.count[first_expert + 1];
+    } else {
+        cluster::sync();
+        if (first_expert < p.num_experts) {
+            uint2 slice[kClusterSize];
+#pragma unroll
+            for (uint32_t cta = 0; cta < kClusterSize; ++cta)
+                slice[cta] = cluster::load(cluster::map_address(shared_address(&shared.count[first_expert]), cta));
+#pragma unroll
+            for (uint32_t cta = 0; cta < kClusterSize; ++cta) {
+                if (cta == rank) earlier[0] = count[0], earlier[1] = count[1];
+                count[0] += slice[cta].x, count[1] += slice[cta].y;
+            }
+        }
+    }
+
+    const bool in_tiles = p.tiles != nullptr;
+    uint32_t room[kExpertsPerThread], first_slot[kExpertsPerThread], total;
+#pragma unroll
+    for (uint32_t i = 0; i < kExpertsPerThread; ++i)
+        room[i] = in_tiles ? count[i] : ceil_div(count[i], p.max_rows) * p.max_rows;
+    first_slot[0] = exclusive_sum(room[0] + room[1], shared.warp_total, total);
+    first_slot[1] = first_slot[0] + room[0];
+#pragma unroll
+    for (uint32_t i = 0; i < kExpertsPerThread; ++i) {
+        shared.first_slot[first_expert + i] = first_slot[i];
+        shared.next_slot[first_expert + i] = first_slot[i] + earlier[i];
+    }
+    __syncthreads();
+
+    uint32_t begin = 0, end = p.num_experts;  // the experts that this cluster scatters
+    if (p.num_routing_ctas > kClusterSize) {
+        const uint32_t cluster = blockIdx.x / kClusterSize, num_clusters = p.num_routing_ctas / kClusterSize;
+        begin = experts_before(shared, total * cluster / num_clusters);
+        if (cluster + 1 < num_clusters) end = experts_before(shared, total * (cluster + 1) / num_clusters);
+    }
+    scatter_choices<kClusterSize>(p, shared, begin, end);
+    if (in_tiles)
+        write_tiles(p, shared, total, count, first_slot);
+    else
+        write_blocks(p, total, count, first_slot);
+    if constexpr (kClusterSize > 1) cluster::sync();  // the others may still be reading this CTA's counts
+}
+
+// value / scale, rounded; -0 stays -0.
+__device__ __forceinline__ float quotient(float value, float scale, float reciprocal) {
+    const float product = value * reciprocal;
+    return fmaf(fmaf(product, scale, -value), -reciprocal, product);
+}
+
+// A group of 128 values by kLanes lanes, each with vectors `lane` and `lane + kLanes` of 8 values.
+constexpr uint32_t kLanes = 8, kVectorsPerGroup = 16;
+
+__device__ __forceinline__ void quantise_group(const Params& p, uint32_t group, const uint4 (&values)[2]) {
+    const uint32_t lane = threadIdx.x % kLanes;
+    constexpr uint32_t kMagnitudes = 0x7fff7fff;  // bf16 without the sign compares as an integer
+    uint32_t most = 0;
+#pragma unroll
+    for (uint32_t i = 0; i < 2; ++i) {
+        most = __vmaxu2(most, __vmaxu2(values[i].x & kMagnitudes, values[i].y & kMagnitudes));
+        most = __vmaxu2(most, __vmaxu2(values[i].z & kMagnitudes, values[i].w & kMagnitudes));
+    }
+#pragma unroll
+    for (uint32_t offset = kLanes / 2; offset > 0; offset /= 2)
+        most = __vmaxu2(most, __shfl_xor_sync(0xffu << (threadIdx.x & 24), most, offset));
+    const float largest = __uint_as_float(max(most << 16, most & 0xffff0000u));
+    const float amax = largest < kSmallestAmax ? kSmallestAmax : largest;  // a NaN stays one
+    float scale = __fdiv_rn(amax, kE4M3Max);
+    if (p.power_of_two_scales) scale = ActivationForm::round_up_to_power_of_two(scale);
+
+    const float reciprocal = __frcp_rn(scale);
+    const auto encode = [&](uint32_t two) -> uint32_t {
+        return pack_e4m3x2(quotient(bf16_low(two), scale, reciprocal), quotient(bf16_high(two), scale, reciprocal));
+    };
+#pragma unroll
+    for (uint32_t i = 0; i < 2; ++i) {
+        const uint32_t low = encode(values[i].x) | encode(values[i].y) << 16;
+        const uint32_t high = encode(values[i].z) | encode(values[i].w) << 16;
+        p.x_q[uint64_t{group} * kVectorsPerGroup + i * kLanes + lane] = make_uint2(low, high);
+    }
+    if (lane == 0) p.x_scale[group] = scale;
+}
+
+__device__ __forceinline__ void quantise(const Params& p, uint32_t cta, uint32_t num_ctas) {
+    const uint32_t step = num_ctas * (kNumThreads / kLanes);
+    const uint32_t first = cta * (kNumThreads / kLanes) + threadIdx.x / kLanes;
+    for (uint32_t base = first; base < p.num_groups; base += kGroupsInFlight * step) {
+        uint4 values[kGroupsInFlight][2];
+#pragma unroll
+        for (uint32_t i = 0; i < kGroupsInFlight; ++i) {
+            const uint4* const vectors = p.x + uint64_t{base + i * step} * kVectorsPerGroup + threadIdx.x % kLanes;
+            if (base + i * step >= p.num_groups) continue;
+            values[i][0] = __ldcs(vectors);  // read once: first to leave L2
+            values[i][1] = __ldcs(vectors + kLanes);
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < kGroupsInFlight; ++i)
+            if (base + i * step < p.num_groups) quantise_group(p, base + i * step, values[i]);
+    }
+}
+
+__device__ __forceinline__ void fill(uint4* area, uint64_t num_vectors, uint32_t word, uint32_t cta,
+                                     uint32_t num_ctas) {
+    const uint64_t step = num_ctas * kNumThreads;
+#pragma unroll 4
+    for (uint64_t vector = cta * kNumThreads + threadIdx.x; vector < num_vectors; vector += step)
+        area[vector] = make_uint4(word, word, word, word);
+}
+
+extern "C" __global__ void __launch_bounds__(kNumThreads, 2) sm90_prologue(const __grid_constant__ Params p) {
     __shared__ SharedStorage shared;
     grid_dependency::launch_dependents();
-    const uint32_t aligning = p.topk_ids != nullptr ? 1 : 0;
-    if (blockIdx.x < aligning)
-        align(p, shared);
-    else
-        quantise_and_zero(p, blockIdx.x - aligning, gridDim.x - aligning);
+    if (blockIdx.x < p.num_routing_ctas) {
+        if (p.cluster_size == 1)
+            route<1>(p, shared);
+        else
+            route<kLargeCluster>(p, shared);
+        return;
+    }
+    const uint32_t cta = blockIdx.x - p.num_routing_ctas, num_ctas = gridDim.x - p.num_routing_ctas;
+    fill(p.out, p.num_out_vectors, 0u, cta, num_ctas);
+    fill(p.poison, p.num_poison_vectors, ~0u, cta, num_ctas);
+    quantise(p, cta, num_ctas);
 }

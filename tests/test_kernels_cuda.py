@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernels_cuda import compile as cuda_compile
-from kernels_cuda import prologue
+from kernels_cuda import sm90_prologue
 from kernels_cuda.sm90_fused import (
     BLOCKS,
     CLUSTERS,
@@ -44,9 +44,9 @@ def test_every_offered_config_compiles_without_spills_or_warnings(config):
 
 
 def test_the_prologue_compiles_without_spills_or_warnings():
-    report = prologue.compiled().report(Config(), 0)
+    report = sm90_prologue.compiled().report(Config(), 0)
     assert report.clean
-    assert report.registers <= 65536 // prologue.NUM_THREADS
+    assert report.registers <= 65536 // sm90_prologue.NUM_THREADS
     assert report.static_smem_bytes <= 48 * 1024
 
 
@@ -87,6 +87,7 @@ def test_blocks_grow_with_the_rows_of_an_expert():
     [
         (MoEShape(8, 200, 128, 2), "hidden_size must be a multiple of 128, got 200"),
         (MoEShape(8, 256, 192, 2), "intermediate_size must be a multiple of 128, got 192"),
+        (MoEShape(8, 256, 128, 2, has_bias=True), "has_bias: expected False, got True"),
         (MoEShape(2048, 256, 128, 2), "at most 1024 experts, got 2048"),
     ],
 )
@@ -104,7 +105,7 @@ def test_a_machine_without_a_gpu_compiles_only():
 
 def test_sources_are_all_files_that_decide_what_runs():
     names = {path.name for path in SM90Fused().sources()}
-    assert {"sm90_fused.cu", "sm90_fused.py", "sm90_prologue.cu", "prologue.py", "wgmma.cuh", "launch.py"} <= names
+    assert {"sm90_fused.cu", "sm90_fused.py", "sm90_prologue.cu", "sm90_prologue.py", "wgmma.cuh", "launch.py"} <= names
     assert all(path.is_file() for path in SM90Fused().sources())
     assert len(ALIASES) >= len(SHAPES)
 
@@ -116,10 +117,10 @@ def fresh_cache(tmp_path, monkeypatch):
 
 
 def test_what_is_in_the_cache_is_not_compiled_again(fresh_cache, monkeypatch):
-    first = prologue.compiled()
+    first = sm90_prologue.compiled()
     cuda_compile._compile.cache_clear()
     monkeypatch.setattr(cuda_compile, "_run_compiler", lambda *_: pytest.fail("compiled again"))
-    assert prologue.compiled() == first
+    assert sm90_prologue.compiled() == first
     assert first.path.parent == fresh_cache
     assert first.path.read_bytes()[:4] == b"\x7fELF"
     assert sorted(path.suffix for path in fresh_cache.iterdir()) == [".cubin", ".log"]
@@ -133,7 +134,7 @@ def test_another_define_is_another_file(fresh_cache):
 
 def test_source_that_does_not_compile_raises_the_compilers_words(fresh_cache):
     with pytest.raises(CompileError, match="the launcher's struct differs"):
-        cuda_compile.compile_kernel(prologue.KERNEL, {"PARAMS_BYTES": 1})
+        cuda_compile.compile_kernel(sm90_prologue.KERNEL, {"PARAMS_BYTES": 1})
     assert list(fresh_cache.iterdir()) == []
 
 

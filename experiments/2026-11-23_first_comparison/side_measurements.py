@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from kernels_cuda import prologue
+from kernels_cuda import sm90_prologue
 from kernels_cuda.sm90_fused import SM90Fused, most_stages
 from workbench.generate import make_inputs, make_weights
 from workbench.models import shape_of_alias
@@ -76,7 +76,7 @@ def prologue_parts(shape: MoEShape, num_tokens: int) -> None:
     out = torch.empty(size, dtype=torch.bfloat16, device=DEVICE)
     x_q = torch.empty(size, dtype=torch.float8_e4m3fn, device=DEVICE)
     x_scale = torch.empty(num_tokens, shape.hidden_size // 128, device=DEVICE)
-    aligned = prologue.empty_alignment(inputs.topk_ids.numel(), shape.num_experts, 32, DEVICE)
+    aligned = sm90_prologue.empty_alignment(inputs.topk_ids.numel(), shape.num_experts, 32, DEVICE)
     zeroing = {"out": out}
     quantising = {"x": inputs.x, "quantised": (x_q, x_scale)}
     aligning = {"topk_ids": inputs.topk_ids, "num_experts": shape.num_experts, "aligned": aligned}
@@ -86,7 +86,7 @@ def prologue_parts(shape: MoEShape, num_tokens: int) -> None:
         "align": aligning,
         "all": {**zeroing, **quantising, **aligning},
     }
-    times = {name: graph_difference(lambda _: prologue.launch(**part)) for name, part in parts.items()}  # noqa: B023
+    times = {name: graph_difference(lambda _: sm90_prologue.launch(**part)) for name, part in parts.items()}  # noqa: B023
     print(f"{shape} M={num_tokens}: " + ", ".join(f"{name} {time_us:.1f}" for name, time_us in times.items()))
 
 

@@ -1,4 +1,4 @@
-// Thread-block clusters: rank, barrier, and stores into another CTA's shared memory.
+// Thread-block clusters: rank, barrier, and accesses to another CTA's shared memory.
 #pragma once
 #include "types.cuh"
 
@@ -20,6 +20,13 @@ __device__ __forceinline__ uint32_t map_address(uint32_t local, uint32_t cta_ran
     uint32_t remote;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(cta_rank));
     return remote;
+}
+
+// 8 bytes from another CTA's shared memory.
+__device__ __forceinline__ uint2 load(uint32_t remote) {
+    uint2 value;
+    asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(remote) : "memory");
+    return value;
 }
 
 // 16 bytes into another CTA; completes 16 bytes on that CTA's barrier, so the receiver needs no fence.

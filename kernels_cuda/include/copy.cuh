@@ -22,6 +22,82 @@ __device__ __forceinline__ void tma_load_5d(void* destination, const TensorMap& 
         : "memory");
 }
 
+// For data that is read once: it leaves L2 before anything else does.
+__device__ __forceinline__ uint64_t evict_first_policy() {
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+// tma_load_2d and tma_load_5d with an L2 cache policy.
+__device__ __forceinline__ void tma_load_2d(void* destination, const TensorMap& map, uint64_t& barrier, int32_t column,
+                                            int32_t row, uint64_t policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(destination)),
+        "l"(&map), "r"(shared_address(&barrier)), "r"(column), "r"(row), "l"(policy)
+        : "memory");
+}
+
+__device__ __forceinline__ void tma_load_5d(void* destination, const TensorMap& map, uint64_t& barrier, int32_t c0,
+                                            int32_t c1, int32_t c2, int32_t c3, int32_t c4, uint64_t policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(shared_address(destination)),
+        "l"(&map), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "l"(policy)
+        : "memory");
+}
+
+// num_bytes of contiguous memory, a multiple of 16, with an L2 cache policy.
+__device__ __forceinline__ void bulk_load(void* destination, const void* source, uint32_t num_bytes, uint64_t& barrier,
+                                          uint64_t policy) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+            shared_address(destination)),
+        "l"(source), "r"(num_bytes), "r"(shared_address(&barrier)), "l"(policy)
+        : "memory");
+}
+
+// num_bytes of contiguous memory, a multiple of 16.
+__device__ __forceinline__ void bulk_load(void* destination, const void* source, uint32_t num_bytes, uint64_t& barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(destination)),
+                 "l"(source), "r"(num_bytes), "r"(shared_address(&barrier))
+                 : "memory");
+}
+
+// tma_load_2d and tma_load_5d into every CTA of the cluster that `cta_mask` names, at the same shared addresses; each
+// completes the bytes on its own barrier.
+__device__ __forceinline__ void tma_multicast_2d(void* destination, const TensorMap& map, uint64_t& barrier,
+                                                 int32_t column, int32_t row, uint16_t cta_mask) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(destination)),
+        "l"(&map), "r"(shared_address(&barrier)), "r"(column), "r"(row), "h"(cta_mask)
+        : "memory");
+}
+
+__device__ __forceinline__ void tma_multicast_5d(void* destination, const TensorMap& map, uint64_t& barrier, int32_t c0,
+                                                 int32_t c1, int32_t c2, int32_t c3, int32_t c4, uint16_t cta_mask) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(shared_address(destination)),
+        "l"(&map), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "h"(cta_mask)
+        : "memory");
+}
+
+// num_bytes of shared memory, a multiple of 16, to global memory. The source must be visible to the copy engine
+// (fence_async_proxy()) and stay until bulk_store_wait_all() of the same thread.
+__device__ __forceinline__ void bulk_store(void* destination, const void* source, uint32_t num_bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(destination),
+                 "r"(shared_address(source)), "r"(num_bytes)
+                 : "memory");
+}
+
+__device__ __forceinline__ void bulk_store_wait_all() {
+    asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;" ::: "memory");
+}
+
 __device__ __forceinline__ void prefetch_tensor_map(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }

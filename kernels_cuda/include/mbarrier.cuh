@@ -34,6 +34,19 @@ __device__ __forceinline__ void arrive_remote(uint64_t& barrier, uint32_t cta_ra
         : "memory");
 }
 
+// As arrive_remote(), ordering nothing: for a thread that has finished reading what the other CTA will overwrite, and has
+// written nothing that it should see. The release of arrive_remote() flushes to the whole GPU, at every stage of a ring.
+__device__ __forceinline__ void arrive_remote_relaxed(uint64_t& barrier, uint32_t cta_rank) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [remote];\n"
+        "}" ::"r"(shared_address(&barrier)),
+        "r"(cta_rank)
+        : "memory");
+}
+
 // Whether the phase of this parity has completed. With kCluster, what other CTAs of the cluster wrote before they
 // arrived is visible then.
 template <bool kCluster>
@@ -67,6 +80,7 @@ constexpr uint32_t kMaxPolls = 4'000'000;  // each poll may sleep about a micros
 // Wait until the phase of this parity has completed; see try_wait().
 template <bool kCluster = false>
 __device__ __forceinline__ void wait(uint64_t& barrier, uint32_t parity) {
+#pragma unroll 1  // left to itself the compiler makes a kilobyte of code of every wait
     for (uint32_t poll = 0; poll < kMaxPolls; ++poll)
         if (try_wait<kCluster>(shared_address(&barrier), parity)) return;
     __trap();

@@ -1,4 +1,4 @@
-// Conversions to e4m3 and bf16, SwiGLU, and additions of bf16 into global memory.
+// Conversions to e4m3 and bf16, and additions of bf16 into global memory.
 #pragma once
 #include "types.cuh"
 
@@ -23,10 +23,15 @@ __device__ __forceinline__ uint32_t pack_bf16x2(float low, float high) {
 __device__ __forceinline__ float bf16_low(uint32_t packed) { return __uint_as_float(packed << 16); }
 __device__ __forceinline__ float bf16_high(uint32_t packed) { return __uint_as_float(packed & 0xffff0000u); }
 
-__device__ __forceinline__ float swiglu(float gate, float up) { return __fdividef(gate, 1.f + __expf(-gate)) * up; }
-
 // Adds 4 adjacent bf16 to global memory (8-byte aligned); the order of several such additions is not fixed.
 __device__ __forceinline__ void add_bf16x4(uint16_t* address, uint32_t low, uint32_t high) {
     asm volatile("red.relaxed.gpu.global.add.noftz.v2.bf16x2 [%0], {%1, %2};" ::"l"(address), "r"(low), "r"(high)
+                 : "memory");
+}
+
+// Adds 8 adjacent bf16 to global memory (16-byte aligned); the order of several such additions is not fixed.
+__device__ __forceinline__ void add_bf16x8(uint16_t* address, uint4 values) {
+    asm volatile("red.relaxed.gpu.global.add.noftz.v4.bf16x2 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(values.x),
+                 "r"(values.y), "r"(values.z), "r"(values.w)
                  : "memory");
 }

@@ -1,0 +1,20 @@
+// Moving registers between the warpgroups of a CTA. Takes effect only in a kernel whose __launch_bounds__ names the
+// threads and one CTA per SM; each warpgroup's role must be one branch of a single if/else.
+#pragma once
+#include "types.cuh"
+
+namespace registers {
+
+// All threads of a warpgroup: at most kCount registers each from here on, a multiple of 8.
+template <uint32_t kCount>
+__device__ __forceinline__ void decrease() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
+// All threads of a warpgroup: wait until as many are free, then have kCount registers each.
+template <uint32_t kCount>
+__device__ __forceinline__ void increase() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
+}  // namespace registers
