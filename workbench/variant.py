@@ -107,6 +107,8 @@ class Variant(ABC):
     backend: ClassVar[Backend]
     graph_capturable: ClassVar[bool] = True
     """False for variants whose `run` reads device data on the host; they are timed without a CUDA graph."""
+    deterministic: ClassVar[bool] = False
+    """Whether `run` gives the same bits every time, and for a token whatever else is in the batch, with any config."""
     tolerance: ClassVar[float] = 0.03
     """The largest relative error, as numerics.py measures it, at which `verify` passes this variant.
 

@@ -1,0 +1,41 @@
+// What the command line of sm90_stream.cu sets, and the sizes that follow from it.
+#pragma once
+#include "types.cuh"
+
+constexpr uint32_t kMaxRows = MAX_ROWS;
+constexpr uint32_t kNumChunks = NUM_CHUNKS;
+constexpr uint32_t kMaxParts = MAX_PARTS;
+constexpr uint32_t kHiddenSize = HIDDEN_SIZE;
+constexpr uint32_t kNumStages = NUM_STAGES;
+constexpr uint32_t kNumInFlight = NUM_IN_FLIGHT;
+constexpr uint32_t kNumCtas = NUM_CTAS;
+constexpr bool kDeterministic = DETERMINISTIC;
+
+constexpr uint32_t kTileK = 128;                                       // bytes of K in a stage: one swizzle row
+constexpr uint32_t kTileRows = 128;                                    // weight rows in each half of a stage
+constexpr uint32_t kHalfBytes = kTileRows * kTileK;
+constexpr uint32_t kStageBytes = 2 * kHalfBytes;
+constexpr uint32_t kWarpgroupBytes = 64 * kTileK;                      // 64 rows: the M of one wgmma
+constexpr uint32_t kGroupColumns = 2 * kTileRows;                      // columns of `out` in a unit of the down phase
+constexpr uint32_t kNumK = kHiddenSize / kTileK;                       // units of a job
+constexpr uint32_t kNumGroups = ceil_div(kHiddenSize, kGroupColumns);  // units of a tile in the down phase
+constexpr uint32_t kQueueSize = 8;                                     // pieces between the taker of tickets and the others
+constexpr uint32_t kRowVectors = 64;                                   // float4 in a row of partial sums
+constexpr uint32_t kNumMathThreads = 256;
+constexpr uint32_t kNumMathWarps = kNumMathThreads / 32;
+constexpr uint32_t kNumGatherThreads = 96;
+constexpr uint32_t kNumThreads = 384;
+constexpr uint32_t kTableTiles = kMaxRows <= 32 ? kNumThreads : 128;   // tiles kept in shared memory
+constexpr uint32_t kPartsAtOnce = kMaxParts < 8 ? kMaxParts : 8;        // vectors in flight, in registers
+constexpr uint32_t kMathBarrier = 1;
+constexpr uint32_t kGatherBarrier = 2;
+
+// Up to 32 rows 128 registers do for all, which leaves room on the SM for the kernel before, so that this one need not
+// wait for it to leave. More take them from the producers: 64 K are 128 producer threads' and 256 math threads'.
+constexpr bool kMovesRegisters = kMaxRows > 32;
+constexpr uint32_t kThreadsToFit = kMovesRegisters ? kNumThreads : 512;
+constexpr uint32_t kProducerRegisters = 72;
+constexpr uint32_t kMathRegisters = 216;
+
+static_assert(kMaxParts >= 4, "jobs are cut into 4 or more parts");
+static_assert(kMaxRows == 8 || kMaxRows == 16 || kMaxRows == 32 || kMaxRows == 64, "tiles of 8, 16, 32 or 64 rows");

@@ -1,0 +1,248 @@
+// The producers of sm90_stream.cu: tickets and weights, tokens and scales.
+#pragma once
+#include "cluster.cuh"
+#include "copy.cuh"
+#include "exchange.cuh"
+#include "stream_storage.cuh"
+
+// One thread: takes tickets, tells the others what they stand for, and loads the weights.
+struct WeightLoader {
+    const Params& p;
+    SharedStorage& shared;
+    const uint64_t policy = evict_first_policy();
+    Position ring, arriving;
+    uint32_t num_loads = 0;
+    QueuePosition queue;
+
+    __device__ __forceinline__ WeightLoader(const Params& p, SharedStorage& shared) : p(p), shared(shared) {}
+
+    // The loads that nothing has to be waited for, before the barriers' other users know of them. All lanes of a warp: one
+    // read of memory finds the number of tiles and, with it, nearly any tile that may turn out to be the first.
+    __device__ __forceinline__ void start() {
+        const uint32_t lane = threadIdx.x % 32, last = p.tile_capacity - 1;
+        uint32_t other = lane + 29;  // 32.. and the first tile where items are whole, in 4 parts, in fine ones
+        if (lane < 3) other = blockIdx.x / (lane == 0 ? 1 : lane == 1 ? 4 : Schedule::kFinePartsUp) / kNumChunks;
+        const uint32_t num_tiles = p.tiles[0].expert;
+        const int32_t low_expert = p.tiles[1 + min(lane, last)].expert;
+        const int32_t other_expert = p.tiles[1 + min(other, last)].expert;
+        if (lane == 0) {
+            init_barriers();
+            shared.num_tiles = num_tiles;
+        }
+        if (num_tiles == 0) return;
+        const Schedule schedule(num_tiles);
+        if (schedule.first_ticket() >= schedule.num_up) return;
+        const Piece piece = schedule.piece(schedule.first_ticket());
+        const uint32_t tile = piece.item / kNumChunks, holders = __ballot_sync(~0u, other == tile);
+        int32_t expert = __shfl_sync(~0u, low_expert, tile);
+        if (tile >= 32) expert = __shfl_sync(~0u, other_expert, __ffs(holders) - 1);
+        if (tile >= 32 && holders == 0) expert = p.tiles[1 + tile].expert;
+        if (lane != 0) return;
+#pragma unroll 1
+        for (uint32_t k = piece.first_unit; k < early_end(piece); ++k, ++num_loads)
+            issue(up_stage(expert, piece.item % kNumChunks, k), kStageBytes);
+    }
+
+    __device__ __forceinline__ static uint32_t early_end(const Piece& piece) {
+        return min(piece.last_unit, piece.first_unit + kNumInFlight);
+    }
+
+    __device__ __forceinline__ void init_barriers() {
+        for (uint32_t stage = 0; stage < kNumStages; ++stage) {
+            mbarrier::init(shared.full[stage], 1 + kNumGatherThreads);
+            mbarrier::init(shared.empty[stage], kNumMathThreads);
+        }
+        for (uint32_t stage = 0; stage < kQueueSize; ++stage) {
+            mbarrier::init(shared.queue_full[stage], 1);
+            mbarrier::init(shared.queue_empty[stage], kNumMathThreads + kNumGatherThreads);
+        }
+        for (uint32_t buffer = 0; buffer < 2; ++buffer) {
+            mbarrier::init(shared.activation_full[buffer], kNumGatherThreads);
+            mbarrier::init(shared.activation_empty[buffer], kNumMathThreads);
+        }
+        mbarrier::fence_init();
+        fence_async_proxy();
+    }
+
+    __device__ __forceinline__ void load(const uint8_t* source, uint32_t num_bytes) {
+        if (kNumInFlight < kNumStages && num_loads++ >= kNumInFlight) {
+            mbarrier::wait(shared.full[arriving.stage], arriving.parity);
+            arriving.advance();
+        }
+        mbarrier::wait(shared.empty[ring.stage], ring.parity ^ 1);
+        issue(source, num_bytes);
+    }
+
+    __device__ __forceinline__ void issue(const uint8_t* source, uint32_t num_bytes) {
+        uint64_t& full = shared.full[ring.stage];
+        mbarrier::arrive_expect_bytes(full, num_bytes);
+        bulk_load(shared.weights[ring.stage], source, num_bytes, full, policy);
+        ring.advance();
+    }
+
+    // Tells the others.
+    __device__ __forceinline__ void begin(const Piece& piece) {
+        mbarrier::wait(shared.queue_empty[queue.stage], queue.parity ^ 1);
+        shared.queue[queue.stage] = piece;
+        mbarrier::arrive(shared.queue_full[queue.stage]);
+        queue.advance();
+    }
+
+    // After start(), whose first piece it goes on with. Between the phases come the activations of this CTA's jobs.
+    __device__ __forceinline__ void run() {
+        const Schedule schedule(shared.num_tiles);
+        bool first = true, owes_activations = !schedule.few;
+        uint32_t ticket = schedule.first_ticket();
+        for (;;) {
+            if (owes_activations && ticket >= schedule.num_up) {
+                owes_activations = false;
+                for (uint32_t job = blockIdx.x; job < schedule.num_jobs; job += kNumCtas) begin({job, 0, 0, 0, kActivate});
+            }
+            if (ticket >= schedule.num_tickets) break;
+            Piece piece = schedule.piece(ticket);
+            begin(piece);
+            if (first && piece.phase == kUp) piece.first_unit = early_end(piece);
+            if (schedule.few) {
+                ticket = schedule.next_ticket(ticket);
+            } else {
+                if (first) grid_dependency::wait();  // the previous kernel sets the counter, to -1
+                ticket = kNumCtas + 1 + atomicAdd(p.ticket_counter, 1u);
+            }
+            first = false;
+            load_units(piece);
+        }
+        begin({0, 0, 0, 0, kEnd});
+    }
+
+    __device__ __forceinline__ void load_units(const Piece& piece) {
+        const bool up = piece.phase == kUp;
+        const uint32_t expert = tile_at(p, shared, up ? piece.item / kNumChunks : piece.item).expert;
+#pragma unroll 1
+        for (uint32_t unit = piece.first_unit; unit < piece.last_unit; ++unit) {
+            const bool whole = up || (unit + 1) * kGroupColumns <= kHiddenSize;  // the last group may be half
+            const uint8_t* source = up ? up_stage(expert, piece.item % kNumChunks, unit) : down_stages(expert, unit);
+#pragma unroll 1
+            for (uint32_t stage = 0; stage < (up ? 1 : kNumChunks); ++stage) {
+                load(source, whole ? kStageBytes : kHalfBytes);
+                source += whole ? kStageBytes : kHalfBytes;
+            }
+        }
+    }
+
+    __device__ __forceinline__ const uint8_t* up_stage(uint64_t expert, uint32_t chunk, uint32_t k) const {
+        return p.w13 + ((expert * kNumChunks + chunk) * kNumK + k) * kStageBytes;
+    }
+
+    __device__ __forceinline__ const uint8_t* down_stages(uint64_t expert, uint32_t group) const {
+        return p.w2 + (expert * kNumK * kHalfBytes + group * kStageBytes) * kNumChunks;
+    }
+};
+
+// 96 threads: for every stage of the up phase the tokens' K tile, swizzled as wgmma reads it, and the scales; for every
+// piece of the down phase what its rows are, and for each stage the scales. Rows past the tile's last are left as they
+// are: their products are not used.
+struct Gatherer {
+    const Params& p;
+    SharedStorage& shared;
+    const uint32_t thread;
+    Position ring;
+    RingPosition<2> activation;
+    uint32_t table = 0;  // a thread is at most one piece ahead of another, so two tables of tokens suffice
+
+    __device__ __forceinline__ Gatherer(const Params& p, SharedStorage& shared, uint32_t thread)
+        : p(p), shared(shared), thread(thread) {}
+
+    __device__ __forceinline__ void run() {
+        const bool few = Schedule(shared.num_tiles).few;
+#pragma unroll 1
+        for (QueuePosition queue;; queue.advance()) {
+            mbarrier::wait(shared.queue_full[queue.stage], queue.parity);
+            const Piece piece = shared.queue[queue.stage];
+            if (piece.phase == kEnd) break;
+            if (piece.phase == kUp) gather_up(piece);
+            if (piece.phase == kDown) {
+                gather_rows(piece.item, !few);
+                gather_down(piece);
+            }
+            mbarrier::arrive(shared.queue_empty[queue.stage]);
+        }
+        cp_async_wait_all();
+    }
+
+    __device__ __forceinline__ void gather_up(const Piece& piece) {
+        constexpr uint32_t kPiecesPerRow = kTileK / 16;
+        constexpr uint32_t kRowsPerPass = kNumGatherThreads / kPiecesPerRow;
+        const uint32_t column = thread % kPiecesPerRow;
+        const Tile tile = tile_at(p, shared, piece.item / kNumChunks);
+        int32_t* const tokens = shared.gathered_token[table ^= 1];
+#pragma unroll 1
+        for (uint32_t row = thread; row < tile.num_rows; row += kNumGatherThreads)
+            tokens[row] = p.sorted_choices[tile.first_row + row] / p.top_k;
+        named_barrier(kGatherBarrier, kNumGatherThreads);
+
+        const uint32_t gate_scale_row = tile.expert * 2 * kNumChunks + piece.item % kNumChunks;
+        const float* w13_scale = p.w13_scale + static_cast<uint64_t>(gate_scale_row + thread * kNumChunks) * kNumK;
+#pragma unroll 1
+        for (uint32_t k = piece.first_unit; k < piece.last_unit; ++k, ring.advance()) {
+            mbarrier::wait(shared.empty[ring.stage], ring.parity ^ 1);
+#pragma unroll
+            for (uint32_t pass = 0; pass < ceil_div(kMaxRows, kRowsPerPass); ++pass) {
+                const uint32_t row = thread / kPiecesPerRow + pass * kRowsPerPass;
+                if (row >= tile.num_rows) break;
+                cp_async_16(shared.tokens[ring.stage] + row * kTileK + (column ^ row % 8) * 16,
+                            p.x_q + static_cast<uint64_t>(tokens[row]) * kHiddenSize + k * kTileK + column * 16, true);
+            }
+            if (thread < tile.num_rows)
+                cp_async_4(&shared.token_scale[ring.stage][thread],
+                           p.x_scale + static_cast<uint64_t>(tokens[thread]) * kNumK + k, true);
+            if (thread < 2) cp_async_4(&shared.weight_scale[ring.stage][thread], w13_scale + k, true);
+            cp_async_arrive(shared.full[ring.stage]);
+        }
+    }
+
+    // What adding the rows of a tile to `out` takes: tokens and weights, and the activations if others compute them.
+    __device__ __forceinline__ void gather_rows(uint32_t tile_index, bool with_activations) {
+        const Tile tile = tile_at(p, shared, tile_index);
+        const uint32_t buffer = activation.stage;
+        mbarrier::wait(shared.activation_empty[buffer], activation.parity ^ 1);
+        if (thread < tile.num_rows) {
+            const int32_t choice = p.sorted_choices[tile.first_row + thread];
+            const float weight = p.topk_weights[choice] * p.routed_scaling_factor;
+            shared.output_row[buffer][thread] = kDeterministic ? choice : choice / p.top_k;
+            shared.row_weight[buffer][thread] = weight;
+            if (with_activations) {
+                const float* const scales = p.activation_scales + (tile.first_row + thread) * kNumChunks;
+                for (uint32_t chunk = 0; chunk < kNumChunks; ++chunk)
+                    shared.activation_scale[buffer][chunk][thread] = exchange::load(scales + chunk) * weight;
+            }
+        }
+        if (with_activations) {
+            constexpr uint32_t kPieces = kGroupSize / 16;
+            const uint4* const rows = p.activations + static_cast<uint64_t>(tile.first_row) * kNumChunks * kPieces;
+#pragma unroll 1
+            for (uint32_t i = thread; i < tile.num_rows * kNumChunks * kPieces; i += kNumGatherThreads) {
+                const uint32_t row = i / (kNumChunks * kPieces), chunk = i / kPieces % kNumChunks, piece = i % kPieces;
+                uint8_t* const target = shared.activation[buffer][chunk] + row * kGroupSize + (piece ^ row % 8) * 16;
+                *reinterpret_cast<uint4*>(target) = exchange::load(rows + i);
+            }
+            fence_async_proxy();
+        }
+        mbarrier::arrive(shared.activation_full[buffer]);
+        activation.advance();
+    }
+
+    __device__ __forceinline__ void gather_down(const Piece& piece) {
+        const uint32_t expert = tile_at(p, shared, piece.item).expert;
+#pragma unroll 1
+        for (uint32_t group = piece.first_unit; group < piece.last_unit; ++group) {
+            const uint32_t scale_row = group * 2 + thread;
+            const float* w2_scale = p.w2_scale + static_cast<uint64_t>(expert * kNumK + scale_row) * kNumChunks;
+            for (uint32_t chunk = 0; chunk < kNumChunks; ++chunk, ring.advance()) {
+                mbarrier::wait(shared.empty[ring.stage], ring.parity ^ 1);
+                if (thread < 2 && scale_row < kNumK)
+                    cp_async_4(&shared.weight_scale[ring.stage][thread], w2_scale + chunk, true);
+                cp_async_arrive(shared.full[ring.stage]);
+            }
+        }
+    }
+};

@@ -1,0 +1,276 @@
+// The consumers of sm90_stream.cu: products, activations, additions to the output.
+#pragma once
+#include "cluster.cuh"
+#include "copy.cuh"
+#include "exchange.cuh"
+#include "promote.cuh"
+#include "stream_storage.cuh"
+#include "wgmma.cuh"
+
+// Heights that a tile can have: 8, 16, 24, 32, 48, 64.
+__device__ __forceinline__ constexpr uint32_t next_height(uint32_t rows) { return rows + (rows < 32 ? 8 : 16); }
+
+// Two warpgroups: each 64 gate rows and the same 64 up rows of the chunk, then 128 of each group's 256 columns.
+struct Math {
+    const Params& p;
+    SharedStorage& shared;
+    const uint32_t thread = threadIdx.x;
+    const uint32_t warpgroup = threadIdx.x / 128;
+    const uint32_t warp = threadIdx.x / 32;
+    const uint32_t lane = threadIdx.x % 32;
+    Position ring;
+    RingPosition<2> activation;
+
+    __device__ __forceinline__ Math(const Params& p, SharedStorage& shared) : p(p), shared(shared) {}
+
+    __device__ __forceinline__ void wait_stage() { mbarrier::wait(shared.full[ring.stage], ring.parity); }
+
+    // Each lane arrives for itself: racecheck does not follow the order through __syncwarp().
+    __device__ __forceinline__ void release_stage() {
+        mbarrier::arrive(shared.empty[ring.stage]);
+        ring.advance();
+    }
+
+    // Some K tiles of one job: gate and up sums of 64 rows each, into the rows of the piece in the exchange.
+    template <uint32_t kRows>
+    __device__ __forceinline__ void project_up(const Tile& tile, const Piece& piece) {
+        float gate[kRows / 2], up[kRows / 2];
+#pragma unroll
+        for (uint32_t i = 0; i < kRows / 2; ++i) gate[i] = up[i] = 0.f;
+#pragma unroll 1
+        for (uint32_t k = piece.first_unit; k < piece.last_unit; ++k) {
+            wait_stage();
+            fence_async_proxy();  // the tokens came by cp.async
+            const uint64_t tokens = wgmma::descriptor(shared.tokens[ring.stage]);
+            const uint64_t gate_rows = wgmma::descriptor(shared.weights[ring.stage][0] + warpgroup * kWarpgroupBytes);
+            const uint64_t up_rows = wgmma::descriptor(shared.weights[ring.stage][1] + warpgroup * kWarpgroupBytes);
+            const float* token_scale = shared.token_scale[ring.stage];
+            const float gate_scale = shared.weight_scale[ring.stage][0], up_scale = shared.weight_scale[ring.stage][1];
+            float gate_partial[kRows / 2], up_partial[kRows / 2];
+            wgmma::multiply_k128<kRows>(gate_partial, gate_rows, tokens);
+            wgmma::multiply_k128<kRows>(up_partial, up_rows, tokens);
+            wgmma::wait<1>();
+            wgmma::pin(gate_partial);
+            promote<kRows>(gate, gate_partial, token_scale, gate_scale, lane);
+            wgmma::wait<0>();
+            wgmma::pin(up_partial);
+            promote<kRows>(up, up_partial, token_scale, up_scale, lane);
+            release_stage();
+        }
+        float4* const part = sums(tile, piece.item % kNumChunks, piece.part) + warp * 8 + lane / 4;
+#pragma unroll
+        for (uint32_t j = 0; j < kRows / 8; ++j) {
+#pragma unroll
+            for (uint32_t b = 0; b < 2; ++b) {
+                const uint32_t row = 8 * j + 2 * (lane % 4) + b;
+                if (row < tile.num_rows)
+                    exchange::store(part + row * kRowVectors,
+                                    make_float4(gate[4 * j + b], gate[4 * j + 2 + b], up[4 * j + b], up[4 * j + 2 + b]));
+            }
+        }
+    }
+
+    // Where the sums of a piece of the up phase go.
+    __device__ __forceinline__ float4* sums(const Tile& tile, uint32_t chunk, uint32_t part) const {
+        const uint64_t first_row = tile.first_row * kNumChunks + chunk * tile.num_rows;
+        return p.sums + (first_row * kMaxParts + part * tile.num_rows) * kRowVectors;
+    }
+
+    // The activations of a job from its num_parts parts, quantised per row: `target` as wgmma reads them, and their scales.
+    // kPasses rows per group of 64 threads at a time, kParts parts in flight.
+    template <uint32_t kPasses, uint32_t kParts>
+    __device__ __forceinline__ void activate(const Tile& tile, uint32_t chunk, uint32_t num_parts, uint8_t* target,
+                                             float* target_scale, const float* row_weight) {
+        constexpr uint32_t kRowsAtOnce = kNumMathThreads / kRowVectors;
+        const uint32_t vector = thread % kRowVectors, first_row = thread / kRowVectors;
+        const uint32_t channel = vector / 32 * 64 + vector / 8 % 4 * 16 + vector % 8;  // and channel + 8
+        const float4* const parts = sums(tile, chunk, 0) + vector;
+#pragma unroll 1
+        for (uint32_t base = 0; base < tile.num_rows; base += kPasses * kRowsAtOnce) {
+            float4 sum[kPasses];
+#pragma unroll
+            for (uint32_t pass = 0; pass < kPasses; ++pass) sum[pass] = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 1
+            for (uint32_t first_part = 0; first_part < num_parts; first_part += kParts) {
+                float4 value[kPasses * kParts];
+                exchange::load(value, [&](uint32_t i) -> const float4* {
+                    const uint32_t row = base + i / kParts * kRowsAtOnce + first_row, part = first_part + i % kParts;
+                    if (row >= tile.num_rows || part >= num_parts) return nullptr;
+                    return parts + (part * tile.num_rows + row) * kRowVectors;
+                });
+#pragma unroll
+                for (uint32_t pass = 0; pass < kPasses; ++pass)
+#pragma unroll
+                    for (uint32_t i = 0; i < kParts; ++i) add(sum[pass], value[pass * kParts + i]);
+            }
+            float low[kPasses], high[kPasses];
+#pragma unroll
+            for (uint32_t pass = 0; pass < kPasses; ++pass) {
+                low[pass] = p.form.swiglu(sum[pass].x, sum[pass].z);
+                high[pass] = p.form.swiglu(sum[pass].y, sum[pass].w);
+                float amax = fmaxf(fabsf(low[pass]), fabsf(high[pass]));
+#pragma unroll
+                for (uint32_t offset = 16; offset > 0; offset /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, offset));
+                if (lane == 0) shared.amax[pass][warp] = amax;
+            }
+            named_barrier(kMathBarrier, kNumMathThreads);
+#pragma unroll
+            for (uint32_t pass = 0; pass < kPasses; ++pass) {
+                const uint32_t row = base + pass * kRowsAtOnce + first_row;
+                if (row >= tile.num_rows) break;
+                const float amax = fmaxf(shared.amax[pass][warp], shared.amax[pass][warp ^ 1]);
+                const float scale = p.form.scale(amax);
+                const float inverse = 1.f / scale;
+                const uint16_t packed = pack_e4m3x2(low[pass] * inverse, high[pass] * inverse);
+                uint8_t* const piece = target + row * kGroupSize + (channel / 16 ^ row % 8) * 16 + channel % 16;
+                piece[0] = static_cast<uint8_t>(packed);
+                piece[8] = static_cast<uint8_t>(packed >> 8);
+                if (vector == 0) target_scale[row] = row_weight == nullptr ? scale : scale * row_weight[row];
+            }
+            fence_async_proxy();
+            named_barrier(kMathBarrier, kNumMathThreads);
+        }
+    }
+
+    __device__ __forceinline__ void activate_fitting(const Tile& tile, uint32_t chunk, uint32_t num_parts, uint8_t* target,
+                                                     float* target_scale, const float* row_weight) {
+        if (tile.num_rows <= 4)
+            activate<1, kPartsAtOnce>(tile, chunk, num_parts, target, target_scale, row_weight);
+        else
+            activate<4, 2>(tile, chunk, num_parts, target, target_scale, row_weight);
+    }
+
+    // Hands the activations of a job, in `outgoing`, to all CTAs.
+    __device__ __forceinline__ void publish(const Tile& tile, uint32_t chunk) {
+        if (thread < tile.num_rows)
+            exchange::store(p.activation_scales + (tile.first_row + thread) * kNumChunks + chunk, shared.outgoing_scale[thread]);
+        constexpr uint32_t kPieces = kGroupSize / 16;
+        uint4* const rows = p.activations + (static_cast<uint64_t>(tile.first_row) * kNumChunks + chunk) * kPieces;
+#pragma unroll 1
+        for (uint32_t i = thread; i < tile.num_rows * kPieces; i += kNumMathThreads) {
+            const uint32_t row = i / kPieces, piece = i % kPieces;
+            const uint8_t* const source = shared.outgoing + row * kGroupSize + (piece ^ row % 8) * 16;
+            exchange::store(rows + row * kNumChunks * kPieces + piece, *reinterpret_cast<const uint4*>(source));
+        }
+        named_barrier(kMathBarrier, kNumMathThreads);  // `outgoing` is free again
+    }
+
+    __device__ __forceinline__ static void add(float4& sum, const float4& value) {
+        sum.x += value.x, sum.y += value.y, sum.z += value.z, sum.w += value.w;
+    }
+
+    // Some groups of columns of a tile. The rows of a tile of w2 are so ordered that this thread's four accumulator rows
+    // of a token are four adjacent columns: row 64 t + 16 w + 8 h + g is column 32 w + 4 g + 2 t + h.
+    template <uint32_t kRows>
+    __device__ __forceinline__ void project_down(const Tile& tile, const Piece& piece) {
+        const uint32_t buffer = activation.stage;
+#pragma unroll 1
+        for (uint32_t group = piece.first_unit; group < piece.last_unit; ++group) {
+            const uint32_t first_column = group * kGroupColumns + warpgroup * kTileRows;
+            if (first_column >= kHiddenSize) {  // the last group may be half
+#pragma unroll 1
+                for (uint32_t chunk = 0; chunk < kNumChunks; ++chunk) {
+                    wait_stage();
+                    release_stage();
+                }
+                continue;
+            }
+            float sums[2][kRows / 2];
+#pragma unroll
+            for (uint32_t i = 0; i < kRows / 2; ++i) sums[0][i] = sums[1][i] = 0.f;
+#pragma unroll 1
+            for (uint32_t chunk = 0; chunk < kNumChunks; ++chunk) {
+                wait_stage();
+                float partial[2][kRows / 2];
+                const uint64_t activation = wgmma::descriptor(shared.activation[buffer][chunk]);
+                const uint64_t rows = wgmma::descriptor(shared.weights[ring.stage][warpgroup]);
+                wgmma::multiply_k128<kRows>(partial[0], rows, activation);
+                wgmma::multiply_k128<kRows>(partial[1], rows + (kWarpgroupBytes >> 4), activation);
+                const float weight_scale = shared.weight_scale[ring.stage][warpgroup];
+                wgmma::wait<0>();
+                wgmma::pin(partial[0]);
+                wgmma::pin(partial[1]);
+                release_stage();
+#pragma unroll
+                for (uint32_t half = 0; half < 2; ++half)
+                    promote<kRows>(sums[half], partial[half], shared.activation_scale[buffer][chunk], weight_scale, lane);
+            }
+            // Lanes 4 apart hold columns 4 apart of the same two tokens: they swap, and each adds 8 columns of one.
+            const bool odd = lane & 4;
+            uint16_t* const columns = p.out + first_column + (warp % 4) * 32 + lane / 8 * 8;
+#pragma unroll
+            for (uint32_t j = 0; j < kRows / 8; ++j) {
+                uint32_t low[2], high[2];
+#pragma unroll
+                for (uint32_t b = 0; b < 2; ++b) {
+                    low[b] = pack_bf16x2(sums[0][4 * j + b], sums[0][4 * j + 2 + b]);
+                    high[b] = pack_bf16x2(sums[1][4 * j + b], sums[1][4 * j + 2 + b]);
+                }
+                const uint32_t other_low = __shfl_xor_sync(~0u, odd ? low[0] : low[1], 4);
+                const uint32_t other_high = __shfl_xor_sync(~0u, odd ? high[0] : high[1], 4);
+                const uint32_t row = 8 * j + 2 * (lane % 4) + odd;
+                if (row >= tile.num_rows) continue;
+                uint16_t* const address = columns + static_cast<uint64_t>(shared.output_row[buffer][row]) * kHiddenSize;
+                const uint4 values = odd ? make_uint4(other_low, other_high, low[1], high[1])
+                                         : make_uint4(low[0], high[0], other_low, other_high);
+                if constexpr (kDeterministic)
+                    *reinterpret_cast<uint4*>(address) = values;
+                else
+                    add_bf16x8(address, values);
+            }
+        }
+    }
+
+    // project_up() and project_down() with the least height that holds the tile's rows, kRows or more.
+    template <uint32_t kRows = 8>
+    __device__ __forceinline__ void project_up_fitting(const Tile& tile, const Piece& piece) {
+        if constexpr (kRows < kMaxRows)
+            if (tile.num_rows > kRows) return project_up_fitting<next_height(kRows)>(tile, piece);
+        project_up<kRows>(tile, piece);
+    }
+
+    template <uint32_t kRows = 8>
+    __device__ __forceinline__ void project_down_fitting(const Tile& tile, const Piece& piece) {
+        if constexpr (kRows < kMaxRows)
+            if (tile.num_rows > kRows) return project_down_fitting<next_height(kRows)>(tile, piece);
+        project_down<kRows>(tile, piece);
+    }
+
+    __device__ __forceinline__ void run() {
+        const Schedule schedule(shared.num_tiles);
+        grid_dependency::wait();  // the previous kernel zeroes `out` and fills what is exchanged with ones
+#pragma unroll 1
+        for (QueuePosition queue;; queue.advance()) {
+            mbarrier::wait(shared.queue_full[queue.stage], queue.parity);
+            const Piece piece = shared.queue[queue.stage];
+            if (piece.phase == kEnd) break;
+            if (piece.phase == kUp)
+                project_up_fitting(tile_at(p, shared, piece.item / kNumChunks), piece);
+            else
+                finish(piece, schedule);
+            mbarrier::arrive(shared.queue_empty[queue.stage]);
+        }
+    }
+
+    // The activations of a job for all CTAs, or a piece of the down phase, which with few jobs begins with those of its tile.
+    __device__ __forceinline__ void finish(const Piece& piece, const Schedule& schedule) {
+        const bool for_all = piece.phase == kActivate;
+        const uint32_t first_job = for_all ? piece.item : piece.item * kNumChunks;
+        const uint32_t num_jobs = for_all ? 1 : schedule.few ? kNumChunks : 0;
+        const Tile tile = tile_at(p, shared, first_job / kNumChunks);
+        const uint32_t buffer = activation.stage;
+        if (!for_all) mbarrier::wait(shared.activation_full[buffer], activation.parity);
+#pragma unroll 1
+        for (uint32_t job = first_job; job < first_job + num_jobs; ++job) {
+            const uint32_t chunk = job % kNumChunks;
+            activate_fitting(tile, chunk, schedule.up.num_parts(job),
+                             for_all ? shared.outgoing : shared.activation[buffer][chunk],
+                             for_all ? shared.outgoing_scale : shared.activation_scale[buffer][chunk],
+                             for_all ? nullptr : shared.row_weight[buffer]);
+        }
+        if (for_all) return publish(tile, first_job % kNumChunks);
+        project_down_fitting(tile, piece);
+        mbarrier::arrive(shared.activation_empty[buffer]);
+        activation.advance();
+    }
+};

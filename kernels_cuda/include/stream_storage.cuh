@@ -1,0 +1,73 @@
+// What sm90_stream.cu is given, and what a CTA of it keeps in shared memory.
+#pragma once
+#include "activation.cuh"
+#include "mbarrier.cuh"
+#include "numeric.cuh"
+#include "stream_constants.cuh"
+#include "stream_schedule.cuh"
+
+// At most kMaxRows rows of one expert: entries first_row.. of sorted_choices.
+struct alignas(16) Tile {
+    int32_t expert;
+    uint32_t first_row;
+    uint32_t num_rows;
+    uint32_t unused;
+};
+
+struct Params {
+    const uint8_t* w13;  // tiled: see weight_tiles.py
+    const uint8_t* w2;
+    const uint8_t* x_q;
+    const float* x_scale;
+    const float* w13_scale;
+    const float* w2_scale;
+    const int32_t* sorted_choices;
+    const Tile* tiles;  // [1 + tile_capacity]; the first entry is {number of tiles, ...}
+    const float* topk_weights;
+    // Ones in every bit when `out` is zero:
+    uint32_t* ticket_counter;
+    float4* sums;               // kMaxParts * kNumChunks rows of kRowVectors for each choice
+    uint4* activations;         // e4m3 [choices, I], in the order of sorted_choices
+    float* activation_scales;   // [choices, kNumChunks]
+    uint16_t* out;  // deterministic: [choices, H], written and not added to
+    ActivationForm form;
+    float routed_scaling_factor;
+    uint32_t top_k;
+    uint32_t tile_capacity;
+    uint32_t inputs_from_previous_kernel;  // tokens and routing are written by the kernel just before in the stream
+};
+
+static_assert(sizeof(Params) == PARAMS_BYTES, "the launcher's struct differs");
+
+struct SharedStorage {
+    alignas(1024) uint8_t weights[kNumStages][2][kHalfBytes];
+    alignas(1024) uint8_t tokens[kNumStages][kMaxRows * kTileK];
+    alignas(1024) uint8_t activation[2][kNumChunks][kMaxRows * kGroupSize];
+    alignas(16) uint8_t outgoing[kMaxRows * kGroupSize];
+    float outgoing_scale[kMaxRows];
+    alignas(16) Tile tiles[kTableTiles];
+    alignas(16) float token_scale[kNumStages][kMaxRows];
+    alignas(16) float activation_scale[2][kNumChunks][kMaxRows];  // times the token's weight in `out`
+    float row_weight[2][kMaxRows];
+    int32_t output_row[2][kMaxRows];
+    float weight_scale[kNumStages][2];
+    float amax[4][kNumMathWarps];
+    Piece queue[kQueueSize];
+    int32_t gathered_token[2][kMaxRows];
+    uint32_t num_tiles;
+    uint64_t full[kNumStages];
+    uint64_t empty[kNumStages];
+    uint64_t queue_full[kQueueSize];
+    uint64_t queue_empty[kQueueSize];
+    uint64_t activation_full[2];
+    uint64_t activation_empty[2];
+};
+
+static_assert(sizeof(SharedStorage) <= SMEM_BYTES, "the launcher reserves too little shared memory");
+
+__device__ __forceinline__ Tile tile_at(const Params& p, const SharedStorage& shared, uint32_t index) {
+    return index < kTableTiles ? shared.tiles[index] : p.tiles[1 + index];
+}
+
+using Position = RingPosition<kNumStages>;
+using QueuePosition = RingPosition<kQueueSize>;

@@ -1,0 +1,55 @@
+// The layer as one stream of weights: every SM reads weights from its first microsecond to its last.
+//
+//     out += factor * topk_weight * W2 . Q(SwiGLU(W13 . x)),  `out` zero at the start
+//
+// A tile is up to kMaxRows tokens of one expert, a job a tile and one chunk of 128 channels. Jobs are cut along K into
+// pieces of the up phase, tiles along the columns of `out` into pieces of the down phase: large pieces first, small ones
+// last. CTAs take pieces by tickets, so that fast SMs take more of them: first the up phase, then for each job the
+// activation of what its pieces add up to, then the down phase. Weights arrive through a ring of 32 KB stages that crosses
+// pieces and phases: what the down phase reads depends on nothing, so it is on its way while sums and activations meet.
+//
+// They meet in global memory (L2), which the previous kernel filled with ones: each piece has rows of its own there for
+// its sums, each job for its activations, and who needs them reads until no word is still all ones. (None ever is:
+// arithmetic makes only one NaN, 0x7fffffff, and conversion to e4m3 only 0x7f.) There is no flag, no fence and nothing to
+// reset, and the pieces of a job are always added in the same order.
+//
+// Where there are only a few jobs no tickets are needed: a CTA has at most one piece of each phase, and computes the
+// activations of its own tile itself, which saves the second meeting.
+//
+// DETERMINISTIC cuts all jobs alike, whatever the batch, and stores a row for each choice instead of adding it to `out`;
+// sm90_combine.cu adds those up in a fixed order.
+//
+// Over sm90_fused.cu: SMs share bytes, not items, so that none idles where items do not divide over SMs.
+// Warps 0-7 (two warpgroups) multiply; warp 8 takes tickets and loads weights; warps 9-11 gather tokens and scales.
+//
+// Set by the compiler's command line: MAX_ROWS (8, 16, 32, 64), HIDDEN_SIZE, NUM_CHUNKS (intermediate size / 128),
+// MAX_PARTS (pieces of a job), NUM_STAGES, NUM_IN_FLIGHT (stages whose loads may be under way), NUM_CTAS (all resident at a
+// time), DETERMINISTIC, and what the launcher passes: SMEM_BYTES of shared memory and PARAMS_BYTES of parameters.
+#include "cluster.cuh"
+#include "registers.cuh"
+#include "stream_load.cuh"
+#include "stream_math.cuh"
+
+extern "C" __global__ void __launch_bounds__(kThreadsToFit, 1) sm90_stream(const __grid_constant__ Params p) {
+    extern __shared__ __align__(1024) uint8_t shared_bytes[];
+    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(shared_bytes);
+
+    if (p.inputs_from_previous_kernel) grid_dependency::wait();
+    WeightLoader loader(p, shared);
+    const uint32_t thread = threadIdx.x;
+    if (thread / 32 == kNumMathWarps) loader.start();
+    if (thread < min(kTableTiles, p.tile_capacity)) shared.tiles[thread] = p.tiles[1 + thread];
+    __syncthreads();
+    if (shared.num_tiles == 0) return;
+
+    if (thread >= kNumMathThreads) {
+        if constexpr (kMovesRegisters) registers::decrease<kProducerRegisters>();
+        if (thread == kNumMathThreads)
+            loader.run();
+        else if (thread >= kNumMathThreads + 32)
+            Gatherer(p, shared, thread - kNumMathThreads - 32).run();
+    } else {
+        if constexpr (kMovesRegisters) registers::increase<kMathRegisters>();
+        Math(p, shared).run();
+    }
+}

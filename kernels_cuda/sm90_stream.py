@@ -1,0 +1,284 @@
+"""`cuda.sm90_stream`: decode and middle batches as one even stream of weights over all SMs (sm90_stream.cu), behind one
+small launch that routes, quantises, zeroes `out` and marks the exchange as unwritten.
+
+`prepare` re-lays the weights as tiles of 32 KB (weight_tiles.py), which the memory delivers 9 % faster.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from kernels_cuda import activation_form, sm90_combine, sm90_fill, sm90_prologue
+from kernels_cuda import compile as cuda_compile
+from kernels_cuda.activation_form import ActivationForm
+from kernels_cuda.compile import Cubin, compile_kernel
+from kernels_cuda.launch import Kernel, load, pointer
+from kernels_cuda.weight_tiles import tile_w2, tile_w13
+from reference.quant import GROUP_SIZE
+from reference.routing import TiledRouting
+from workbench.problem import MoEInputs, MoEShape, MoEWeights, scale_blocks
+from workbench.variant import Backend, CompileReport, Config, Support, Variant, register
+
+KERNEL = "sm90_stream"
+NUM_THREADS = 384
+NUM_SMS = 132  # of the H200, where there is no device to ask
+SMEM_BYTES = 232_448  # what a CTA can have on sm_90
+STAGE_BYTES = 2 * 128 * 128
+MAX_STAGES = 6
+MAX_ROWS = (8, 16, 32, 64)
+SUMS_ROW_BYTES = 1024
+DETERMINISTIC_PARTS = 8  # of a job, whatever the batch
+
+
+class _Params(ctypes.Structure):
+    _fields_ = (
+        ("w13", ctypes.c_uint64),
+        ("w2", ctypes.c_uint64),
+        ("x_q", ctypes.c_uint64),
+        ("x_scale", ctypes.c_uint64),
+        ("w13_scale", ctypes.c_uint64),
+        ("w2_scale", ctypes.c_uint64),
+        ("sorted_choices", ctypes.c_uint64),
+        ("tiles", ctypes.c_uint64),
+        ("topk_weights", ctypes.c_uint64),
+        ("ticket_counter", ctypes.c_uint64),
+        ("sums", ctypes.c_uint64),
+        ("activations", ctypes.c_uint64),
+        ("activation_scales", ctypes.c_uint64),
+        ("out", ctypes.c_uint64),
+        ("form", ActivationForm),
+        ("routed_scaling_factor", ctypes.c_float),
+        ("top_k", ctypes.c_uint32),
+        ("tile_capacity", ctypes.c_uint32),
+        ("inputs_from_previous_kernel", ctypes.c_uint32),
+    )
+
+
+def smem_bytes(max_rows: int, num_chunks: int, num_stages: int) -> int:
+    """Size of the kernel's SharedStorage, from above."""
+    stage = STAGE_BYTES + max_rows * (128 + 4) + 8 + 16  # weights, tokens and scales, two barriers
+    activation = (2 * num_chunks + 1) * max_rows * (128 + 4)
+    tiles = 16 * (NUM_THREADS if max_rows <= 32 else 128)
+    rows = max_rows * 4 * 6
+    return -(-(num_stages * stage + activation + tiles + rows + 640) // 1024) * 1024
+
+
+def most_stages(max_rows: int, num_chunks: int) -> int:
+    """The deepest ring that fits, at most MAX_STAGES; 0 if none does."""
+    return next((n for n in range(MAX_STAGES, 1, -1) if smem_bytes(max_rows, num_chunks, n) <= SMEM_BYTES), 0)
+
+
+def _compile(config: Config, shape: MoEShape, num_ctas: int, deterministic: bool) -> tuple[Cubin, int]:
+    max_rows, num_stages = config.integer("max_rows"), config.integer("num_stages")
+    num_chunks = scale_blocks(shape.intermediate_size)
+    num_bytes = smem_bytes(max_rows, num_chunks, num_stages)
+    defines = {
+        "MAX_ROWS": max_rows,
+        "HIDDEN_SIZE": shape.hidden_size,
+        "NUM_CHUNKS": num_chunks,
+        "MAX_PARTS": config.integer("max_parts"),
+        "NUM_STAGES": num_stages,
+        "NUM_IN_FLIGHT": config.integer("num_in_flight"),
+        "NUM_CTAS": num_ctas,
+        "DETERMINISTIC": int(deterministic),
+        "SMEM_BYTES": num_bytes,
+        "PARAMS_BYTES": ctypes.sizeof(_Params),
+    }
+    return compile_kernel(KERNEL, defines), num_bytes
+
+
+@dataclass
+class Prepared:
+    """A layer's weights, re-laid, and the kernels loaded so far."""
+
+    weights: MoEWeights
+    tiles: tuple[torch.Tensor, torch.Tensor]
+    """w13 and w2 as weight_tiles.py makes them: as many bytes again."""
+    params: _Params
+    num_ctas: int
+    deterministic: bool
+    kernels: dict[Config, Kernel] = field(default_factory=dict)
+
+    def kernel(self, config: Config) -> Kernel:
+        """The kernel of `config`, compiled and loaded on first use, which must come before a graph is captured."""
+        kernel = self.kernels.get(config)
+        if kernel is None:
+            cubin, num_bytes = _compile(config, self.weights.shape, self.num_ctas, self.deterministic)
+            kernel = load(cubin, NUM_THREADS, 1, num_bytes, self.weights.device, all_resident=True)
+            self.kernels[config] = kernel
+        return kernel
+
+
+@register
+class SM90Stream(Variant):
+    """See the head of sm90_stream.cu."""
+
+    name: ClassVar[str] = "cuda.sm90_stream"
+    backend: ClassVar[Backend] = "cuda"
+
+    def supports(self, shape: MoEShape, device: torch.device) -> Support:
+        if device.type != "cuda":
+            return Support.no("needs a GPU of compute capability 9.0; without one it is compiled only")
+        if torch.cuda.get_device_capability(device) != (9, 0):
+            return Support.no(f"needs compute capability 9.0, got {torch.cuda.get_device_capability(device)}")
+        return self.supports_shape(shape)
+
+    def supports_shape(self, shape: MoEShape) -> Support:
+        """supports(), the device left aside."""
+        if reason := shape.unserved(*activation_form.SERVED):
+            return Support.no(reason)
+        if shape.hidden_size % GROUP_SIZE:
+            return Support.no(f"hidden_size must be a multiple of {GROUP_SIZE}, got {shape.hidden_size}")
+        if shape.num_experts > sm90_prologue.MAX_EXPERTS:
+            return Support.no(f"at most {sm90_prologue.MAX_EXPERTS} experts, got {shape.num_experts}")
+        if not max_rows_that_fit(shape):
+            return Support.no(f"the activations of 8 rows of {shape.intermediate_size} channels do not fit an SM")
+        return Support.yes()
+
+    def configs(self, shape: MoEShape, num_tokens: int) -> Iterable[Config]:
+        """The default by the expected rows of an expert, then the other heights, nearer ones first."""
+        num_chunks = scale_blocks(shape.intermediate_size)
+        default = default_max_rows(shape, num_tokens)
+        for max_rows in sorted(max_rows_that_fit(shape), key=lambda rows: (abs(math.log2(rows / default)), rows)):
+            num_stages = most_stages(max_rows, num_chunks)
+            yield Config(
+                max_rows=max_rows,
+                max_parts=DETERMINISTIC_PARTS if self.deterministic else default_max_parts(num_tokens),
+                num_stages=num_stages,
+                num_in_flight=2 if num_tokens <= 4 else 3,
+            )
+
+    def prepare(self, weights: MoEWeights) -> Prepared:
+        w13, w2 = tile_w13(weights.w13), tile_w2(weights.w2)
+        params = _Params(
+            w13=pointer(w13),
+            w2=pointer(w2),
+            w13_scale=pointer(weights.w13_scale),
+            w2_scale=pointer(weights.w2_scale),
+            form=activation_form.activation_form(weights.shape),
+            top_k=weights.shape.top_k,
+        )
+        sm90_prologue.warm(weights.device)
+        sm90_fill.warm(weights.device)
+        sm90_combine.warm(weights.device)
+        num_ctas = torch.cuda.get_device_properties(weights.device).multi_processor_count
+        return Prepared(weights, (w13, w2), params, num_ctas, self.deterministic)
+
+    def align(self, prepared: Prepared, inputs: MoEInputs, config: Config) -> MoEInputs:
+        if inputs.num_tokens == 0:
+            return inputs.quantise()
+        num_experts, topk_ids = prepared.weights.shape.num_experts, inputs.topk_ids
+        tiled = sm90_prologue.empty_tiles(topk_ids.numel(), num_experts, config.integer("max_rows"), topk_ids.device)
+        sm90_prologue.launch(topk_ids=topk_ids, num_experts=num_experts, aligned=tiled)
+        return dataclasses.replace(inputs.quantise(), aligned=tiled)
+
+    def run(self, prepared: Prepared, inputs: MoEInputs, out: torch.Tensor, config: Config) -> None:
+        if inputs.num_tokens == 0:
+            return
+        shape, max_rows = prepared.weights.shape, config.integer("max_rows")
+        kernel = prepared.kernel(config)
+        exchange = Exchange(shape, inputs.num_tokens, config.integer("max_parts"), out.device)
+        params = _Params.from_buffer_copy(prepared.params)
+        tiled = inputs.aligned
+        if isinstance(tiled, TiledRouting) and tiled.max_rows == max_rows and inputs.x_q is not None:
+            params.x_q, params.x_scale = pointer(inputs.x_q), pointer(inputs.x_scale)
+            sm90_fill.launch(zeros=out, ones=exchange.whole)
+        else:
+            tiled = sm90_prologue.empty_tiles(inputs.topk_ids.numel(), shape.num_experts, max_rows, out.device)
+            x, x_q, x_scale = None, inputs.x_q, inputs.x_scale
+            if x_q is None or x_scale is None:
+                x = inputs.tokens
+                x_q, x_scale = sm90_prologue.empty_quantised(x)
+            params.x_q, params.x_scale = pointer(x_q), pointer(x_scale)
+            params.inputs_from_previous_kernel = True
+            sm90_prologue.launch(
+                out=out,
+                x=x,
+                quantised=(x_q, x_scale),
+                topk_ids=inputs.topk_ids,
+                num_experts=shape.num_experts,
+                aligned=tiled,
+                poison=exchange.whole,
+                power_of_two_scales=activation_form.power_of_two_scales(shape),
+            )
+        params.sorted_choices = pointer(tiled.sorted_choices)
+        params.tiles = pointer(tiled.tiles)
+        params.topk_weights = pointer(inputs.topk_weights)
+        for name, tensor in exchange.parts.items():
+            setattr(params, name, pointer(tensor))
+        target = out
+        if self.deterministic:
+            target = torch.empty(inputs.topk_ids.numel(), shape.hidden_size, dtype=out.dtype, device=out.device)
+        params.out = pointer(target)
+        params.routed_scaling_factor = inputs.routed_scaling_factor
+        params.tile_capacity = tiled.tiles.shape[0] - 1
+        kernel.launch(params, prepared.num_ctas, overlap_previous=True)
+        if self.deterministic:
+            sm90_combine.launch(target, inputs.topk_ids, shape.num_experts, out)
+
+    def sources(self) -> tuple[Path, ...]:
+        folder = Path(__file__).parent
+        others = (sm90_prologue.KERNEL, sm90_fill.KERNEL, sm90_combine.KERNEL)
+        names = ("sm90_stream", *others, "activation_form", "weight_tiles", "launch", "compile")
+        python = tuple(folder / f"{name}.py" for name in names)
+        return (*python, *cuda_compile.sources(KERNEL), *(cuda_compile.sources(kernel)[0] for kernel in others))
+
+    def compile(self, shape: MoEShape, configs: Iterable[Config]) -> list[CompileReport]:
+        others = (sm90_prologue.compiled(), sm90_fill.compiled(), sm90_combine.compiled())
+        reports = [cubin.report(Config(), 0) for cubin in others]
+        for config in configs:
+            cubin, num_bytes = _compile(config, shape, NUM_SMS, self.deterministic)
+            reports.append(cubin.report(config, num_bytes))
+        return reports
+
+
+@register
+class SM90StreamDeterministic(SM90Stream):
+    """The same bits every time, and for a token whatever else is in the batch: jobs are cut alike in every batch, and a
+    last launch adds up each token's rows in the order of its choices."""
+
+    name: ClassVar[str] = "cuda.sm90_stream_deterministic"
+    deterministic: ClassVar[bool] = True
+
+
+class Exchange:
+    """What CTAs hand each other in one call: filled with ones before, as sm90_stream.cu says."""
+
+    def __init__(self, shape: MoEShape, num_tokens: int, max_parts: int, device: torch.device) -> None:
+        num_choices, num_chunks = num_tokens * shape.top_k, scale_blocks(shape.intermediate_size)
+        sizes = {
+            "ticket_counter": 16,
+            "sums": num_choices * num_chunks * max_parts * SUMS_ROW_BYTES,
+            "activations": num_choices * num_chunks * GROUP_SIZE,
+            "activation_scales": -(-num_choices * num_chunks * 4 // 16) * 16,
+        }
+        self.whole = torch.empty(sum(sizes.values()), dtype=torch.uint8, device=device)
+        self.parts = dict(zip(sizes, self.whole.split(list(sizes.values())), strict=True))
+
+
+def max_rows_that_fit(shape: MoEShape) -> list[int]:
+    """Those that leave room for four stages."""
+    num_chunks = scale_blocks(shape.intermediate_size)
+    return [rows for rows in MAX_ROWS if most_stages(rows, num_chunks) >= 4]
+
+
+def default_max_rows(shape: MoEShape, num_tokens: int) -> int:
+    """The least height that holds the rows of nearly every routed expert: their mean and 2.8 standard deviations."""
+    hit = max(shape.expected_experts_hit(num_tokens), 1.0)
+    rows = num_tokens * (shape.top_k - shape.num_shared_experts) / hit
+    wanted = rows + 2.8 * math.sqrt(max(rows - 1.0, 0.0))
+    fitting = max_rows_that_fit(shape)
+    return next((height for height in fitting if height >= wanted), fitting[-1])
+
+
+def default_max_parts(num_tokens: int) -> int:
+    """Fewer parts of a job as there are more rows to exchange."""
+    return 16 if num_tokens <= 32 else 8 if num_tokens <= 128 else 4

@@ -1,0 +1,158 @@
+"""cuda.sm90_stream without a GPU: what the compiler makes of it, and what the launcher offers and refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels_cuda import compile as cuda_compile
+from kernels_cuda import sm90_fill
+from kernels_cuda.sm90_stream import (
+    MAX_ROWS,
+    MAX_STAGES,
+    SMEM_BYTES,
+    Exchange,
+    SM90Stream,
+    default_max_rows,
+    max_rows_that_fit,
+    most_stages,
+    smem_bytes,
+)
+from workbench.errors import CompileError
+from workbench.models import shape_of_alias
+from workbench.problem import MoEShape
+from workbench.variant import Config
+
+DSV3_TP16 = shape_of_alias("dsv3_tp16")
+SHAPES = [DSV3_TP16, *(shape_of_alias(alias) for alias in ("dsv3_tp8", "qwen3next_tp4", "tiny", "tiny_shared"))]
+WIDE = MoEShape(8, 4096, 3584, 2)
+TOKENS = (0, 1, 2, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 131072)
+
+
+def compiled_cases() -> list[tuple[MoEShape, Config]]:
+    """Every height, number of parts and depth offered, each on the shape with least and with most chunks it fits."""
+    cases = {}
+    for shape in (*SHAPES[:3], WIDE):
+        for tokens in TOKENS:
+            for config in SM90Stream().configs(shape, tokens):
+                cases.setdefault((shape.intermediate_size, config), shape)
+    return [(shape, config) for (_, config), shape in cases.items()]
+
+
+@pytest.mark.parametrize(("shape", "config"), compiled_cases(), ids=str)
+def test_every_offered_config_compiles_without_spills_or_warnings(shape, config):
+    report = SM90Stream().compile(shape, [config])[-1]
+    assert report.kernel == "sm90_stream"
+    assert report.clean, report
+    assert report.static_smem_bytes + report.dynamic_smem_bytes <= SMEM_BYTES
+
+
+def test_with_short_tiles_a_cta_leaves_room_for_one_of_the_kernel_before():
+    fill = sm90_fill.compiled().report(Config(), 0)
+    config = next(iter(SM90Stream().configs(DSV3_TP16, 1)))
+    stream = SM90Stream().compile(DSV3_TP16, [config])[-1]
+    assert fill.clean
+    assert 512 * fill.registers + 384 * stream.registers <= 65536
+    assert fill.static_smem_bytes == 0
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, WIDE], ids=str)
+@pytest.mark.parametrize("num_tokens", TOKENS)
+def test_configs_start_with_the_default_and_all_fit(shape, num_tokens):
+    configs = list(SM90Stream().configs(shape, num_tokens))
+    num_chunks = shape.intermediate_size // 128
+    assert configs[0]["max_rows"] == default_max_rows(shape, num_tokens)
+    assert len(set(configs)) == len(configs)
+    for config in configs:
+        max_rows, num_stages = config.integer("max_rows"), config.integer("num_stages")
+        assert max_rows in MAX_ROWS
+        assert 4 <= num_stages <= MAX_STAGES
+        assert 1 <= config.integer("num_in_flight") <= num_stages
+        assert config.integer("max_parts") >= 4
+        assert smem_bytes(max_rows, num_chunks, num_stages) <= SMEM_BYTES
+
+
+def test_tiles_grow_with_the_rows_of_an_expert():
+    heights = [default_max_rows(DSV3_TP16, tokens) for tokens in TOKENS]
+    assert heights == sorted(heights)
+    assert (heights[1], heights[-1]) == (8, 64)
+
+
+def test_wide_layers_get_shorter_tiles():
+    assert max_rows_that_fit(DSV3_TP16) == list(MAX_ROWS)
+    assert max_rows_that_fit(WIDE) == [8]
+    assert most_stages(8, 1) == MAX_STAGES
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        (MoEShape(8, 200, 128, 2), "hidden_size must be a multiple of 128, got 200"),
+        (MoEShape(8, 256, 128, 2, has_bias=True), "has_bias: expected False, got True"),
+        (MoEShape(8, 256, 128, 2, weight_scales="channel"), "weight_scales: expected 'block', got 'channel'"),
+        (MoEShape(2048, 256, 128, 2), "at most 1024 experts, got 2048"),
+        (MoEShape(8, 256, 14336, 2), "the activations of 8 rows of 14336 channels do not fit an SM"),
+    ],
+)
+def test_a_shape_it_cannot_serve_is_refused_with_the_reason(shape, reason):
+    support = SM90Stream().supports_shape(shape)
+    assert not support
+    assert support.reason == reason
+
+
+def test_every_intermediate_size_and_the_forms_of_the_activation_are_served():
+    assert SM90Stream().supports_shape(MoEShape(8, 256, 192, 2))
+    assert SM90Stream().supports_shape(
+        MoEShape(8, 256, 128, 2, swiglu_limit=7.0, swiglu_alpha=1.702, swiglu_beta=1.0, activation_scales="group_ue8m0")
+    )
+
+
+def test_a_machine_without_a_gpu_compiles_only():
+    support = SM90Stream().supports(DSV3_TP16, torch.device("cpu"))
+    assert not support
+    assert "compiled only" in support.reason
+
+
+def test_the_exchange_has_room_for_every_part_and_is_whole_vectors():
+    shape = MoEShape(8, 256, 256, 3)
+    exchange = Exchange(shape, num_tokens=5, max_parts=4, device=torch.device("cpu"))
+    sizes = {name: part.nbytes for name, part in exchange.parts.items()}
+    assert sizes["sums"] == 15 * 2 * 4 * 1024
+    assert sizes["activations"] == 15 * 256
+    assert sizes["activation_scales"] >= 15 * 2 * 4
+    assert all(size % 16 == 0 for size in sizes.values())
+    assert exchange.whole.nbytes == sum(sizes.values())
+    addresses = [part.data_ptr() for part in exchange.parts.values()]
+    assert addresses == sorted(addresses)
+
+
+def test_too_little_shared_memory_does_not_compile(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOE_WORKBENCH_CACHE", str(tmp_path))
+    defines = {
+        "MAX_ROWS": 8,
+        "HIDDEN_SIZE": 256,
+        "NUM_CHUNKS": 1,
+        "MAX_PARTS": 4,
+        "NUM_STAGES": 6,
+        "NUM_IN_FLIGHT": 3,
+        "NUM_CTAS": 132,
+        "DETERMINISTIC": 0,
+        "SMEM_BYTES": 4096,
+        "PARAMS_BYTES": 128,
+    }
+    with pytest.raises(CompileError, match="the launcher reserves too little shared memory"):
+        cuda_compile.compile_kernel("sm90_stream", defines)
+
+
+def test_sources_are_all_files_that_decide_what_runs():
+    paths = SM90Stream().sources()
+    names = {path.name for path in paths}
+    assert {
+        "sm90_stream.cu",
+        "stream_math.cuh",
+        "sm90_prologue.cu",
+        "sm90_fill.cu",
+        "weight_tiles.py",
+        "launch.py",
+    } <= names
+    assert all(path.is_file() for path in paths)
