@@ -6,7 +6,7 @@ Results go to stdout, as tables or with --json as one JSON document; progress an
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -32,15 +32,19 @@ from workbench.cli_options import (
     config_limit,
 )
 from workbench.cli_output import choices, explanation, print_json, print_report, print_section, print_traces, watch
+from workbench.compat.alpha_moe_configs import fastest, tunable, write_best_configs
+from workbench.compat.kernel import VARIANT
 from workbench.doctor import Ability
 from workbench.environment import current
 from workbench.errors import InputError
 from workbench.models import ALIASES, MODELS
+from workbench.problem import Workload
 from workbench.report import Section
 from workbench.rows import cell_of, subjects
 from workbench.strict_json import encode
-from workbench.sweep import Session, failures, measure, task_of, verified
+from workbench.sweep import Session, failures
 from workbench.table import SCOPES, Cell, Table
+from workbench.trace import Trace
 from workbench.variant import Variant
 
 
@@ -59,6 +63,10 @@ app = typer.Typer(
 )
 
 Configs = Annotated[str, typer.Option(help="Configs per variant: all, default, or a number.")]
+OutFile = Annotated[
+    Path | None,
+    typer.Option(help="Also write the best block_m, block_n, warp_n and stages for each M, as Alpha-MoE's tuner does."),
+]
 Baseline = Annotated[str | None, typer.Option(help="The variant that speed-ups are against; default the default.")]
 
 
@@ -85,22 +93,25 @@ def bench(problem: ProblemOptions, run: RunOptions, configs: Configs = "default"
     session = run.session(watch)
     workloads = problem.workloads(session.device)
     variants, limit = _timeable(session, run.chosen()), config_limit(configs)
-    traces = tuning.verify(session, workloads, variants, limit)
-    right = {workload: verified(session, workload, tuning.space(variants, workload, limit)) for workload in workloads}
-    traces += measure(session, "bench", [task_of("bench", session, *one) for one in right.items()])
+    spaces = [tuning.space(variants, workload, limit) for workload in workloads]
+    traces = tuning.race(session, workloads, spaces)
     print_traces(traces, run.json)
     return EXIT_WRONG if failures(traces) else 0
 
 
 @app.command("tune")
 @command
-def tune(problem: ProblemOptions, run: RunOptions, configs: Configs = "all") -> int:
+def tune(problem: ProblemOptions, run: RunOptions, configs: Configs = "all", out_file: OutFile = None) -> int:
     """Search the variants' configs, and write the selection table."""
     session = run.session(watch)
     workloads = problem.workloads(session.device)
     variants, limit = _timeable(session, run.chosen()), config_limit(configs)
+    if out_file is not None:
+        _check_nameable(workloads, variants)
     traces = tuning.verify(session, workloads, variants, limit)
     traces += tuning.tune(session, workloads, variants, limit=limit)
+    if out_file is not None:
+        traces = list(dict.fromkeys(traces + _write_best_configs(out_file, session, workloads)))
     tables.save(_table(run, registry.variants()), run.folder() / tables.SELECTION_FILE)
     print_traces(traces, run.json)
     return EXIT_WRONG if failures(traces) else 0
@@ -226,6 +237,26 @@ def _timeable(session: Session, variants: Mapping[str, Variant]) -> list[str]:
     if not found:
         raise InputError(f"variants: expected one that runs on {session.device}, got {', '.join(variants)}")
     return found
+
+
+def _check_nameable(workloads: Sequence[Workload], variants: Sequence[str]) -> None:
+    """InputError unless a file that names a batch size alone can hold what is tuned."""
+    shapes = {workload.shape: None for workload in workloads}
+    if len(shapes) != 1:
+        raise InputError(f"out-file: expected one shape, got {', '.join(map(str, shapes))}")
+    if VARIANT not in variants:
+        raise InputError(f"out-file: expected {VARIANT} among the variants that run, got {', '.join(variants)}")
+
+
+def _write_best_configs(path: Path, session: Session, workloads: Sequence[Workload]) -> list[Trace]:
+    """Time what the file can name, and write the fastest for each M; all traces made or found."""
+    spaces = [tuple((VARIANT, config) for config in tunable(one.shape, one.num_tokens)) for one in workloads]
+    traces = tuning.race(session, workloads, spaces)
+    best = fastest(traces)
+    if not best:
+        raise InputError(f"out-file: expected a config of {VARIANT} that is right, to write to {path}, found none")
+    write_best_configs(path, best)
+    return traces
 
 
 def _traces_file(place: PlaceOptions) -> Path:

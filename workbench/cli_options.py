@@ -29,6 +29,8 @@ from workbench.variant import Variant
 
 EXIT_WRONG, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 TRACES_FILE = "traces.jsonl"
+TOP_K = 8
+"""Routed experts per token of most models, and of a shape by numbers that does not say."""
 EFFORTS = {"quick": timing.QUICK, "normal": timing.NORMAL}
 
 _PROBLEM, _RUN = "Problem", "Run"
@@ -49,7 +51,11 @@ class ProblemOptions:
     w13_rows: Annotated[int | None, typer.Option("--N", help="Rows of w13, 2I.", rich_help_panel=_PROBLEM)] = None
     hidden_size: Annotated[int | None, typer.Option("--K", help="Hidden size.", rich_help_panel=_PROBLEM)] = None
     top_k: Annotated[
-        int | None, typer.Option(help="Experts per token, shared ones included.", rich_help_panel=_PROBLEM)
+        int | None,
+        typer.Option(
+            help="Experts per token, shared ones included; default with --E 8 and the shared ones.",
+            rich_help_panel=_PROBLEM,
+        ),
     ] = None
     shared_experts: Annotated[int, typer.Option(help="How many of --E are shared.", rich_help_panel=_PROBLEM)] = 0
     no_shared_expert: Annotated[
@@ -72,11 +78,11 @@ class ProblemOptions:
             found.append(shape_of_model(self.model, self.tp))
         elif self.tp != 1:
             raise InputError("tp: expected --model with it")
-        numbers = {"--E": self.num_experts, "--N": self.w13_rows, "--K": self.hidden_size, "--top-k": self.top_k}
+        numbers = {"--E": self.num_experts, "--N": self.w13_rows, "--K": self.hidden_size}
         given = {name: value for name, value in numbers.items() if value is not None}
         if len(given) == len(numbers):
             found.append(self._shape_of_numbers(*given.values()))
-        elif given or self.shared_experts or self.no_shared_expert:
+        elif given or self.top_k is not None or self.shared_experts or self.no_shared_expert:
             missing = ", ".join(name for name in numbers if name not in given)
             raise InputError(f"shape: expected {', '.join(numbers)} together, {missing} missing")
         return list(dict.fromkeys(found))
@@ -101,11 +107,12 @@ class ProblemOptions:
             for num_tokens in batch_sizes
         ]
 
-    def _shape_of_numbers(self, num_experts: int, w13_rows: int, hidden_size: int, top_k: int) -> MoEShape:
+    def _shape_of_numbers(self, num_experts: int, w13_rows: int, hidden_size: int) -> MoEShape:
         if w13_rows % 2:
             raise InputError(f"N: expected an even number, gate and up rows, got {w13_rows}")
         if self.no_shared_expert and self.shared_experts:
             raise InputError(f"shared-experts: expected 0 with --no-shared-expert, got {self.shared_experts}")
+        top_k = TOP_K + self.shared_experts if self.top_k is None else self.top_k
         return MoEShape(num_experts, hidden_size, w13_rows // 2, top_k, self.shared_experts)
 
 
@@ -210,7 +217,7 @@ def _exit_code(call: Callable[[], int]) -> int:
     try:
         return call()
     except RecordError as error:
-        errors.print(f"error: {error} (`workbench recover` cuts off a torn last line; --results names another folder)")
+        errors.print(f"error: {error} (--results names another folder)")
         return EXIT_BAD_INPUT
     except WorkbenchError as error:
         errors.print(f"error: {error}")

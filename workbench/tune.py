@@ -75,6 +75,14 @@ def tune(
     return made
 
 
+def race(session: Session, workloads: Sequence[Workload], spaces: Sequence[Candidates]) -> list[Trace]:
+    """Verify and properly time, on each workload, all candidates of its space; all traces made or found."""
+    entries = list(zip(workloads, spaces, strict=True))
+    made = measure(session, "verify", [task_of("verify", session, *entry) for entry in entries])
+    right = [(workload, verified(session, workload, space)) for workload, space in entries]
+    return made + measure(session, "bench", [task_of("bench", session, *entry) for entry in right])
+
+
 def survivors(traces: Sequence[Trace], keep: int | None = None) -> Candidates:
     """The candidates that are not clearly slower than the best of their variant, fastest first, `keep` at most."""
     timed: dict[str, list[Trace]] = {}
