@@ -10,6 +10,7 @@ import torch
 
 from workbench import environment
 from workbench.environment import Clocks, current, settings, sources_digest, throttle_names
+from workbench.errors import InputError
 
 
 class WithSources:
@@ -90,7 +91,20 @@ def test_the_digest_tells_where_one_file_ends_and_the_next_begins(tmp_path: Path
 def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MOE_WORKBENCH_RESULTS", raising=False)
     monkeypatch.delenv("MOE_WORKBENCH_VARIANTS", raising=False)
+    monkeypatch.delenv("MOE_WORKBENCH_EXCLUDE", raising=False)
     assert settings() == environment.Settings(Path("results"), ())
     monkeypatch.setenv("MOE_WORKBENCH_RESULTS", "/some/where")
     monkeypatch.setenv("MOE_WORKBENCH_VARIANTS", "mine, other.kernels,")
-    assert settings() == environment.Settings(Path("/some/where"), ("mine", "other.kernels"))
+    monkeypatch.setenv("MOE_WORKBENCH_EXCLUDE", "torch.loop ,triton.grouped")
+    assert settings() == environment.Settings(
+        Path("/some/where"), ("mine", "other.kernels"), exclude=("torch.loop", "triton.grouped")
+    )
+
+
+def test_the_mode_of_the_plugins_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, mode in (("", "on"), ("on", "on"), ("off", "off"), ("copies", "copies")):
+        monkeypatch.setenv("MOE_WORKBENCH_PLUGIN", given)
+        assert environment.plugin_mode() == mode
+    monkeypatch.setenv("MOE_WORKBENCH_PLUGIN", "0")
+    with pytest.raises(InputError, match=r"^MOE_WORKBENCH_PLUGIN: expected off, on or copies, got '0'$"):
+        environment.plugin_mode()

@@ -319,6 +319,64 @@ def test_a_variant_asked_for_by_name_takes_its_best_recorded_config(
     assert make_layer(weights, variant=variant.name, table=EMPTY).choice(5) == (variant.name, Config(block_m=0))
 
 
+@pytest.mark.parametrize("input_kind", INPUT_KINDS)
+def test_a_warmed_layer_makes_nothing_more(
+    weights: MoEWeights, input_kind: InputKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variant, runs = registry.find("torch.grouped"), []
+    run = type(variant).run
+    monkeypatch.setattr(
+        type(variant), "run", lambda self, *given: runs.append(given[1].num_tokens) or run(self, *given)
+    )
+    layer = make_layer(weights, variant="torch.grouped")
+    layer.warm([5, 0, 3], quantised=input_kind == "fp8")
+    assert runs == [5, 3]  # each M once, as its kernels are compiled on their first run
+    assert list(layer.prepared) == ["torch.grouped"]
+    monkeypatch.setattr(layer, "_make_plan", lambda *given: pytest.fail("a plan was made after warm"))
+    for num_tokens in (3, 5):
+        inputs = batch(SHAPE, num_tokens, input_kind)
+        assert torch.equal(call(layer, inputs), directly("torch.grouped", weights, inputs))
+
+
+def test_warm_leaves_the_values_of_the_first_call_to_be_read(weights: MoEWeights) -> None:
+    layer = make_layer(weights)
+    layer.warm([5])
+    wrong = dataclasses.replace(batch(SHAPE), topk_ids=torch.full((5, 2), 8, dtype=torch.int32))
+    with pytest.raises(InputError, match=r"^topk_ids: expected ids in -1..7, got 8 at \[0, 0\]$"):
+        call(layer, wrong)
+
+
+@pytest.mark.parametrize("num_tokens", [-1, 2.0, True, "8"])
+def test_warm_takes_numbers_of_tokens(weights: MoEWeights, num_tokens: Any) -> None:
+    with pytest.raises(InputError, match=r"^num_tokens: expected integers >= 0, got "):
+        make_layer(weights).warm([num_tokens])
+
+
+def test_excluded_variants_are_not_chosen(weights: MoEWeights, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = measured(("torch.loop", 10.0), ("torch.grouped", 20.0))
+    assert make_layer(weights, variant="auto", table=table).choice(5)[0] == "torch.loop"
+    for some in ({"exclude": ["torch.loop"]}, {"exclude": ["torch.loop"], "table": EMPTY}):
+        assert make_layer(weights, variant="auto", **{"table": table, **some}).choice(5)[0] == "torch.grouped"
+    monkeypatch.setenv("MOE_WORKBENCH_EXCLUDE", "torch.loop, cuda.sm90_fused")
+    assert make_layer(weights, variant="auto", table=table).choice(5)[0] == "torch.grouped"
+    assert make_layer(weights, variant="torch.loop", table=table).choice(5)[0] == "torch.loop"
+
+
+def test_a_layer_explains_what_it_runs(weights: MoEWeights) -> None:
+    layer = make_layer(weights, variant="auto", table=measured(("torch.loop", 10.0), ("torch.grouped", 20.0)))
+    choice = layer.explain(5)
+    assert (choice.variant, choice.measured, choice.default and choice.default.variant) == (
+        "torch.loop",
+        True,
+        "torch.grouped",
+    )
+    assert "2.00x the speed of the default torch.grouped" in choice.reason
+    assert layer.measured_tokens() == (5,)
+    assert layer.measured_tokens(quantised=True) == ()
+    named = make_layer(weights, variant="torch.loop", table=EMPTY).explain(5)
+    assert (named.variant, named.reason, named.measured) == ("torch.loop", "named, and not measured", False)
+
+
 def test_autocast_and_gradients_change_nothing(weights: MoEWeights) -> None:
     inputs = batch(SHAPE)
     reference = directly("torch.loop", weights, inputs)

@@ -4,6 +4,11 @@ Settings are environment variables. Those of the workbench are all read in this 
 
     MOE_WORKBENCH_RESULTS       folder that traces, tables and reports are written to     default ./results
     MOE_WORKBENCH_VARIANTS      modules to import for further variants, comma-separated   default none
+    MOE_WORKBENCH_EXCLUDE       variants that "auto" leaves out, comma-separated; read
+                                when a layer is made                                      default none
+    MOE_WORKBENCH_PLUGIN        what the plugins of serving engines may do: off, nothing; on, run variants that
+                                read the engine's weights where they lie; copies, also those that keep a re-laid
+                                copy of them; read when the engine loads its plugins      default on
     MOE_WORKBENCH_CHECK_VALUES  1: a layer reads ids and scales on every call and not on its first alone, which
                                 waits for the device; read when a layer is made           default off
     MOE_WORKBENCH_CACHE         folder of compiled CUDA kernels; read by kernels_cuda/compile.py, since kernels
@@ -19,7 +24,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -30,6 +35,8 @@ from workbench.variant import Variant
 NONE = "none"
 CUPY_DISTRIBUTIONS = ("cupy", "cupy-cuda13x", "cupy-cuda12x")
 
+PluginMode = Literal["off", "on", "copies"]
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -37,17 +44,31 @@ class Settings:
 
     results: Path
     variant_modules: tuple[str, ...]
+    exclude: tuple[str, ...] = ()
     check_values: bool = False
 
 
 def settings() -> Settings:
     """The settings as they are now."""
-    modules = os.environ.get("MOE_WORKBENCH_VARIANTS", "")
     return Settings(
         results=Path(os.environ.get("MOE_WORKBENCH_RESULTS") or "results"),
-        variant_modules=tuple(name.strip() for name in modules.split(",") if name.strip()),
+        variant_modules=_names("MOE_WORKBENCH_VARIANTS"),
+        exclude=_names("MOE_WORKBENCH_EXCLUDE"),
         check_values=os.environ.get("MOE_WORKBENCH_CHECK_VALUES") == "1",
     )
+
+
+def plugin_mode() -> PluginMode:
+    """MOE_WORKBENCH_PLUGIN as it is now. InputError when it is none of the modes."""
+    given = os.environ.get("MOE_WORKBENCH_PLUGIN") or "on"
+    for mode in get_args(PluginMode):
+        if given == mode:
+            return mode
+    raise InputError(f"MOE_WORKBENCH_PLUGIN: expected off, on or copies, got {given!r}")
+
+
+def _names(variable: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in os.environ.get(variable, "").split(",") if name.strip())
 
 
 @dataclass(frozen=True)

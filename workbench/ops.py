@@ -2,7 +2,7 @@
 
 A layer checks and prepares its weights once and picks a (variant, config) once for each M. After that a call is the
 metadata checks of checks.py, one dictionary look-up and the variant's `run`, and may be captured in a CUDA graph once
-it has been made with that M outside of one.
+it has been made, or warmed, with that M outside of one.
 
 `fused_moe` keeps the layers it makes. A layer lives as long as the weight tensors it was made for: it holds aliases of
 their memory and watches the tensors themselves (the base, where one is a view), and goes when the first of them does,
@@ -20,10 +20,10 @@ import itertools
 import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
@@ -31,7 +31,7 @@ from workbench import checks, registry, select
 from workbench import table as tables
 from workbench.environment import current, settings
 from workbench.errors import InputError, RecordError, UnsupportedError
-from workbench.problem import InputKind, MoEInputs, MoEShape, MoEWeights
+from workbench.problem import FP8, PLAIN_FORM, InputKind, LayerForm, MoEInputs, MoEShape
 from workbench.table import Cell, Table
 from workbench.trace import Environment
 from workbench.variant import Config, Variant
@@ -58,12 +58,16 @@ class MoELayer:
     """One layer's weights, prepared, and what to run on them for each M.
 
     w13, w13_scale, w2, w2_scale   as in problem.py, contiguous and on one device; never written, and not copied unless
-                                   a variant needs another layout
+                                   a variant needs another layout. Scales may also be one for each expert or output
+                                   channel, or float8_e8m0fnu, as checks.weights says
     top_k                          choices per token, shared experts included
     num_shared_experts             how many of the experts are shared; they own the last ids
     variant                        a variant's name, or "auto": the fastest verified one by the selection table
     table                          the selection table; without one selection.json of the results folder is used, if it
                                    is there and was made in this environment
+    exclude                        names of variants that "auto" leaves out, besides those of MOE_WORKBENCH_EXCLUDE
+    form                           w13_bias [E, 2I] and w2_bias [E, H], fp32 or bf16; swiglu_limit, swiglu_alpha,
+                                   swiglu_beta and activation_scales as MoEShape describes them
 
     Raises InputError for weights that do not fit or whose scales are not finite, UnknownVariantError, and
     UnsupportedError with the variant's reason, when it is named and does not serve this shape on this device.
@@ -80,17 +84,20 @@ class MoELayer:
         num_shared_experts: int = 0,
         variant: str = AUTO,
         table: Table | None = None,
+        exclude: Collection[str] = (),
+        **form: Unpack[LayerForm],
     ) -> None:
-        shape = checks.weights(w13, w13_scale, w2, w2_scale, top_k, num_shared_experts)
-        self.weights = MoEWeights(shape, w13.data, w13_scale.data, w2.data, w2_scale.data)
+        self.weights = checks.weights(w13, w13_scale, w2, w2_scale, top_k, num_shared_experts, **form)
+        shape = self.weights.shape
         self._device = self.weights.device
         self._on_gpu = self._device.type == "cuda"
-        self._variants = _candidates(variant, shape, self._device)
+        excluded = frozenset(exclude).union(settings().exclude) if variant == AUTO else frozenset()
+        self._variants = _candidates(variant, shape, self._device, excluded)
         self._forced = variant != AUTO
         _refuse_capture(self._on_gpu, "a layer is prepared on its first call")
-        checks.scale_values("w13_scale", w13_scale)
-        checks.scale_values("w2_scale", w2_scale)
-        self._table = _table_for(self._device, table)
+        for name in ("w13_scale", "w2_scale", *(("w13_bias", "w2_bias") if shape.has_bias else ())):
+            checks.finite_values(name, getattr(self.weights, name))
+        self._table = _without(_table_for(self._device, table), excluded)
         self._prepared: dict[str, Any] = {}
         self._plans: dict[tuple[int, bool], Plan] = {}
         self._check_values_always = settings().check_values
@@ -101,6 +108,11 @@ class MoELayer:
     @property
     def shape(self) -> MoEShape:
         return self.weights.shape
+
+    @property
+    def prepared(self) -> Mapping[str, Any]:
+        """What `prepare` returned, by the name of the variant, for those that were needed so far."""
+        return self._prepared
 
     def __call__(
         self,
@@ -114,7 +126,7 @@ class MoELayer:
     ) -> torch.Tensor:
         """The layer on M tokens, enqueued on the current stream; returns `out`, bf16 [M, H].
 
-        x               bf16 [M, H], or e4m3 [M, H] with x_scale fp32 [M, ceil(H/128)]
+        x               bf16 [M, H], or e4m3 [M, H] with x_scale fp32 [M, ceil(H/128)], or [M, 1] if scaled by token
         topk_weights    fp32 [M, top_k]
         topk_ids        int32 [M, top_k], -1 for an expert that is not on this rank
         out             bf16 [M, H] to write to; a new tensor if None
@@ -148,6 +160,7 @@ class MoELayer:
             x_q=x if quantised else None,
             x_scale=x_scale,
             routed_scaling_factor=routed_scaling_factor,
+            activation_scales=shape.activation_scales,
         )
         if self._is_plain(x, topk_weights, x_scale):
             plan.variant.run(plan.prepared, inputs, out, plan.config)
@@ -156,11 +169,45 @@ class MoELayer:
                 plan.variant.run(plan.prepared, inputs, out, plan.config)
         return out
 
+    def warm(self, num_tokens: Iterable[int], quantised: bool = False) -> None:
+        """Make what calls with these M need, so that the first of them, or a CUDA graph capture, makes nothing more.
+
+        For each M the choice, the variant's prepared weights, and its compiled and loaded kernels: the layer runs once,
+        on tokens that go to no expert. `quantised` says that x will come with an x_scale. Raises UnsupportedError
+        while a CUDA graph is being captured, and InputError for an M that is not an integer >= 0.
+        """
+        shape, device = self.shape, self._device
+        _refuse_capture(self._on_gpu, "a layer is warmed outside of one")
+        for tokens in num_tokens:
+            if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
+                raise InputError(f"num_tokens: expected integers >= 0, got {tokens!r}")
+            if tokens == 0:
+                continue
+            plan = self._plans.get((tokens, quantised)) or self._make_plan(tokens, quantised)
+            topk_ids = torch.full((tokens, shape.top_k), -1, dtype=torch.int32, device=device)
+            topk_weights = torch.zeros((tokens, shape.top_k), device=device)
+            x = torch.zeros((tokens, shape.hidden_size), dtype=FP8 if quantised else torch.bfloat16, device=device)
+            if quantised:
+                x_scale = torch.ones((tokens, shape.scales_per_token), device=device)
+                inputs = MoEInputs(topk_ids, topk_weights, x_q=x, x_scale=x_scale)
+            else:
+                inputs = MoEInputs(topk_ids, topk_weights, x=x, activation_scales=shape.activation_scales)
+            out = torch.empty((tokens, shape.hidden_size), dtype=torch.bfloat16, device=device)
+            with _plainly(device):
+                plan.variant.run(plan.prepared, inputs, out, plan.config)
+
+    def measured_tokens(self, quantised: bool = False) -> tuple[int, ...]:
+        """The M, ascending, for which the table has a time of a verified variant on this shape."""
+        by_tokens = self._table.cells.get(self._cell(quantised), {})
+        return tuple(sorted(at for at, found in by_tokens.items() if at > 0 and any(one.timing for one in found)))
+
     def choice(self, num_tokens: int, quantised: bool = False) -> tuple[str, Config]:
         """The (variant, config) that a call with `num_tokens` runs."""
-        kind: InputKind = "fp8" if quantised else "bf16"
-        cell = Cell(self.shape, ROUTING, kind, "layer")
-        table = self._table
+        return self.explain(num_tokens, quantised).identity
+
+    def explain(self, num_tokens: int, quantised: bool = False) -> select.Choice:
+        """What a call with `num_tokens` runs, and why."""
+        cell, table = self._cell(quantised), self._table
         if self._forced:
             (variant,) = self._variants.values()
             own = {
@@ -168,9 +215,14 @@ class MoELayer:
                 for at, candidates in table.cells.get(cell, {}).items()
             }
             if not any(found.timing and found.first_config for candidates in own.values() for found in candidates):
-                return variant.name, next(iter(variant.configs(self.shape, num_tokens)))
+                config = next(iter(variant.configs(self.shape, num_tokens)))
+                return select.Choice(variant.name, config, "named, and not measured", measured=False, untuned=True)
             table = replace(table, cells={cell: own})
-        return select.choose(table, cell, num_tokens, self._variants, self._device).identity
+        return select.choose(table, cell, num_tokens, self._variants, self._device)
+
+    def _cell(self, quantised: bool) -> Cell:
+        kind: InputKind = "fp8" if quantised else "bf16"
+        return Cell(self.shape, ROUTING, kind, "layer")
 
     def _make_plan(self, num_tokens: int, quantised: bool) -> Plan:
         _refuse_capture(self._on_gpu, f"this layer has not been called with M={num_tokens} before")
@@ -189,7 +241,7 @@ class MoELayer:
             return
         checks.id_values(topk_ids, self.shape.num_experts)
         if x_scale is not None:
-            checks.scale_values("x_scale", x_scale)
+            checks.finite_values("x_scale", x_scale)
         self._values_unchecked.discard(x_scale is not None)
 
     def _is_plain(self, x: torch.Tensor, topk_weights: torch.Tensor, x_scale: torch.Tensor | None) -> bool:
@@ -215,6 +267,7 @@ def fused_moe(
     out: torch.Tensor | None = None,
     variant: str = AUTO,
     num_shared_experts: int = 0,
+    **form: Unpack[LayerForm],
 ) -> torch.Tensor:
     """The layer on M tokens; returns `out`, bf16 [M, H]. See MoELayer for the arguments and the errors.
 
@@ -234,11 +287,12 @@ def fused_moe(
             routed_scaling_factor,
             variant,
             num_shared_experts,
+            **form,
         )
         return made if out is None else out.copy_(made)
     if not isinstance(topk_ids, torch.Tensor) or topk_ids.ndim != 2:
         raise InputError(f"topk_ids: expected int32 [M, top_k], got {checks.described(topk_ids)}")
-    layer = _layer_of((w13, w13_scale, w2, w2_scale), topk_ids.shape[1], num_shared_experts, variant)
+    layer = _layer_of((w13, w13_scale, w2, w2_scale), topk_ids.shape[1], num_shared_experts, variant, form)
     return layer(x, topk_weights, topk_ids, x_scale=x_scale, routed_scaling_factor=routed_scaling_factor, out=out)
 
 
@@ -260,6 +314,12 @@ def _fused_moe_op(
     routed_scaling_factor: float = 1.0,
     variant: str = AUTO,
     num_shared_experts: int = 0,
+    w13_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    swiglu_limit: float | None = None,
+    swiglu_alpha: float = 1.0,
+    swiglu_beta: float = 0.0,
+    activation_scales: str = "group",
 ) -> torch.Tensor:
     return fused_moe(
         x,
@@ -273,6 +333,12 @@ def _fused_moe_op(
         routed_scaling_factor=routed_scaling_factor,
         variant=variant,
         num_shared_experts=num_shared_experts,
+        w13_bias=w13_bias,
+        w2_bias=w2_bias,
+        swiglu_limit=swiglu_limit,
+        swiglu_alpha=swiglu_alpha,
+        swiglu_beta=swiglu_beta,
+        activation_scales=activation_scales,  # type: ignore[arg-type]  # MoEShape checks it
     )
 
 
@@ -315,33 +381,44 @@ class Kept:
 _kept: OrderedDict[tuple[object, ...], Kept] = OrderedDict()
 
 
-def _layer_of(tensors: tuple[torch.Tensor, ...], top_k: int, num_shared_experts: int, variant: str) -> MoELayer:
+def _layer_of(
+    tensors: tuple[torch.Tensor, ...], top_k: int, num_shared_experts: int, variant: str, form: LayerForm
+) -> MoELayer:
     """The layer kept for these weights, made if there is none."""
-    for name, given in zip(("w13", "w13_scale", "w2", "w2_scale"), tensors, strict=True):
+    if not form.keys() <= PLAIN_FORM.keys():  # else a layer that is kept already would run without them
+        raise TypeError(f"fused_moe: expected keywords of {', '.join(PLAIN_FORM)}, got {', '.join(form)}")
+    whole: LayerForm = {**PLAIN_FORM, **form}
+    given_for = dict(zip(("w13", "w13_scale", "w2", "w2_scale"), tensors, strict=True))
+    biases = (("w13_bias", whole["w13_bias"]), ("w2_bias", whole["w2_bias"]))
+    given_for |= {name: bias for name, bias in biases if bias is not None}
+    for name, given in given_for.items():
         if not isinstance(given, torch.Tensor):
             raise InputError(f"{name}: expected a tensor, got {checks.described(given)}")
-    layouts = tuple((given.data_ptr(), given.dtype, given.shape, given.stride()) for given in tensors)
-    key = (layouts, top_k, num_shared_experts, variant)
+    layouts = tuple((given.data_ptr(), given.dtype, given.shape, given.stride()) for given in given_for.values())
+    numbers = (whole["swiglu_limit"], whole["swiglu_alpha"], whole["swiglu_beta"], whole["activation_scales"])
+    key = (layouts, numbers, top_k, num_shared_experts, variant)
     kept = _kept.get(key)
     if kept is not None:
         _kept.move_to_end(key)
         return kept.layer
-    layer = MoELayer(*tensors, top_k=top_k, num_shared_experts=num_shared_experts, variant=variant)
+    layer = MoELayer(*tensors, top_k=top_k, num_shared_experts=num_shared_experts, variant=variant, **form)
 
     def drop(_: object) -> None:
         _kept.pop(key, None)
 
-    owners = (given if given._base is None else given._base for given in tensors)
+    owners = (given if given._base is None else given._base for given in given_for.values())
     _kept[key] = Kept(layer, tuple(weakref.ref(owner, drop) for owner in owners))
     if len(_kept) > MAX_LAYERS:
         _kept.popitem(last=False)
     return layer
 
 
-def _candidates(variant: str, shape: MoEShape, device: torch.device) -> Mapping[str, Variant]:
-    """The variants that may be chosen: all, or the one named, if it serves the shape on the device."""
+def _candidates(
+    variant: str, shape: MoEShape, device: torch.device, excluded: Collection[str]
+) -> Mapping[str, Variant]:
+    """The variants that may be chosen: all but the excluded, or the one named, if it serves the shape on the device."""
     if variant == AUTO:
-        return registry.variants()
+        return {name: each for name, each in registry.variants().items() if name not in excluded}
     named = registry.find(variant)
     support = named.supports(shape, device)
     if not support:
@@ -360,6 +437,17 @@ def _table_for(device: torch.device, given: Table | None) -> Table:
     if not path.is_file():
         return Table(environment, (), {})
     return _recorded_table(path.resolve(), path.stat().st_mtime_ns, environment)
+
+
+def _without(table: Table, excluded: Collection[str]) -> Table:
+    """The table as if the excluded variants had never been measured."""
+    if not excluded:
+        return table
+    cells = {
+        cell: {at: tuple(one for one in found if one.variant not in excluded) for at, found in by_tokens.items()}
+        for cell, by_tokens in table.cells.items()
+    }
+    return replace(table, cells=cells)
 
 
 @functools.lru_cache(maxsize=8)
