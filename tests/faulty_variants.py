@@ -87,11 +87,24 @@ class Faulty(Variant):
             os._exit(3)
         elif fault == "hangs":
             time.sleep(HANG_S)
+        elif fault == "illegal address":
+            launch_faulty_kernel("*reinterpret_cast<volatile unsigned*>(8) = 1;", out)
+        elif fault == "endless kernel":
+            launch_faulty_kernel("while (*memory != 0xdeadbeef) {}", out.zero_())
         elif fault == "dies when timed" and prepared.num_runs > 9:
             os.kill(os.getpid(), signal.SIGSEGV)
 
     def sources(self) -> tuple[Path, ...]:
         return (Path(__file__),)
+
+
+def launch_faulty_kernel(body: str, out: torch.Tensor) -> None:
+    """One thread on the current stream; `memory` points to `out`."""
+    import cupy
+
+    source = f'extern "C" __global__ void faulty(volatile unsigned* memory) {{ {body} }}'
+    with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
+        cupy.RawKernel(source, "faulty")((1,), (1,), (out.data_ptr(),))
 
 
 class Unpreparable(Faulty):
