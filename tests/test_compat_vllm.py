@@ -304,9 +304,20 @@ def test_a_quant_config_stands_for_its_arguments(weights: MoEWeights, inputs: Mo
     tensors = (inputs.tokens, weights.w13, weights.w2, inputs.topk_weights, inputs.topk_ids)
     out = vllm.fused_experts(*tensors, activation=MoEActivation.SILU, quant_config=quant_config(weights))
     assert torch.equal(out, call(weights, inputs))
-    for name, value in {"a1_scale": torch.ones(1), "w1_bias": torch.ones(6, 256), "gemm1_clamp_limit": 7.0}.items():
-        with pytest.raises(UnsupportedError, match=f"^{name}: this layer does not have it, got "):
-            vllm.fused_experts(*tensors, quant_config=quant_config(weights, **{name: value}))
+    with pytest.raises(UnsupportedError, match=r"^a1_scale: this layer does not have it, got "):
+        vllm.fused_experts(*tensors, quant_config=quant_config(weights, a1_scale=torch.ones(1)))
+
+
+def test_biases_and_the_numbers_of_the_activation_are_those_of_the_layers_form() -> None:
+    shape = MoEShape(6, 256, 128, 2, swiglu_limit=0.5, swiglu_alpha=1.702, swiglu_beta=1.0, has_bias=True)
+    weights, inputs = make_weights(shape, seed=0, device=CPU), make_inputs(Workload(shape, 7), CPU)
+    tensors = (inputs.tokens, weights.w13, weights.w2, inputs.topk_weights, inputs.topk_ids)
+    biases = {"w1_bias": weights.w13_bias, "w2_bias": weights.w2_bias}
+    numbers = {"gemm1_clamp_limit": 0.5, "gemm1_alpha": 1.702, "gemm1_beta": 1.0}
+    out = vllm.fused_experts(*tensors, quant_config=quant_config(weights, **biases, **numbers))
+    assert_close(out, expected_output(weights, inputs))
+    with pytest.raises(InputError, match=r"^w2_bias: expected one with w1"):
+        call(weights, inputs, w1_bias=weights.w13_bias)
 
 
 @pytest.mark.parametrize(
@@ -320,7 +331,6 @@ def test_a_quant_config_stands_for_its_arguments(weights: MoEWeights, inputs: Mo
         ({"w1_zp": torch.zeros(1)}, "w1_zp: this layer does not have it, got float32 [1]"),
         ({"a1_scale": torch.ones(1)}, "a1_scale: this layer does not have it, got float32 [1]"),
         ({"a2_scale": torch.ones(1)}, "a2_scale: this layer does not have it, got float32 [1]"),
-        ({"w2_bias": torch.zeros(6, 256)}, "w2_bias: this layer does not have it, got float32 [6, 256]"),
         ({"use_fp8_w8a8": False}, "use_fp8_w8a8: expected True, got False"),
         ({"block_shape": None}, "block_shape: expected [128, 128], got None"),
         ({"block_shape": [64, 128]}, "block_shape: expected [128, 128], got [64, 128]"),

@@ -95,6 +95,24 @@ def test_a_fault_is_caught(fault: Fault, prop: kit.Property) -> None:
         kit.check(prop, faulty(fault), kit.small_shapes(), max_examples=8)
 
 
+class CallsItselfDeterministic(TorchLoop):
+    """Off by a few last bits where the batch is even."""
+
+    deterministic = True
+
+    def run(self, prepared: MoEWeights, inputs: MoEInputs, out: torch.Tensor, config: Config) -> None:
+        correct(prepared, inputs, out)
+        if inputs.num_tokens % 2 == 0:
+            out.mul_(1 + 2**-6)
+
+
+def test_a_deterministic_variant_whose_rows_depend_on_the_batch_is_caught() -> None:
+    with pytest.raises(AssertionError):
+        kit.check(
+            kit.splitting_the_batch_changes_nothing, CallsItselfDeterministic(), kit.small_shapes(), max_examples=8
+        )
+
+
 @pytest.mark.parametrize("prop", kit.PROPERTIES, ids=kit.name_of)
 def test_the_correct_variant_they_were_put_into_passes(prop: kit.Property) -> None:
     kit.check(prop, faulty(correct), kit.small_shapes(), max_examples=3, bitwise=True)

@@ -230,6 +230,8 @@ def _default(
 def fill_command(cell: Cell) -> str:
     """The command line that measures `cell`."""
     shape = cell.shape
+    if shape.unserved():
+        return f"workbench tune --model <a model of the form {shape}>"  # the numbers alone do not name a form
     shared = f"--shared-experts {shape.num_shared_experts}" if shape.num_shared_experts else "--no-shared-expert"
     routing = "replay:<file>" if cell.routing.startswith("replay:") else cell.routing  # the cell holds a digest of it
     dropped = f" --dropped {cell.dropped:g}" if cell.dropped else ""

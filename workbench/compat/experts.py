@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Unpack
 
 import torch
 
@@ -12,8 +13,9 @@ from workbench.compat.alignment import check_choices
 from workbench.compat.quantisation import quantise_groups
 from workbench.errors import InputError, UnsupportedError
 from workbench.ops import fused_moe
+from workbench.problem import LayerForm
 
-THEIR_NAMES = {"x": "hidden_states", "w13": "w1", "w13_scale": "w1_scale"}
+THEIR_NAMES = {"x": "hidden_states", "w13": "w1", "w13_scale": "w1_scale", "w13_bias": "w1_bias"}
 
 
 def refuse(features: Mapping[str, object]) -> None:
@@ -47,6 +49,7 @@ def experts(
     inplace: bool,
     apply_router_weight_on_input: bool,
     routed_scaling_factor: float = 1.0,
+    **form: Unpack[LayerForm],
 ) -> torch.Tensor:
     """The layer on bf16 `hidden_states` [M, H]; topk_ids int32 or int64 [M, top_k], -1 for an expert elsewhere.
 
@@ -78,6 +81,7 @@ def experts(
             topk_ids,
             x_scale=x_scale,
             routed_scaling_factor=routed_scaling_factor,
+            **form,
         )
     except InputError as error:
         ours, colon, rest = str(error).partition(":")

@@ -6,7 +6,7 @@ way is understood.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -15,7 +15,7 @@ from workbench.compat.alignment import align, check_choices
 from workbench.compat.experts import check_kind, experts, refuse
 from workbench.compat.quantisation import quantise_groups
 from workbench.errors import InputError, UnsupportedError
-from workbench.problem import FP8
+from workbench.problem import FP8, LayerForm
 
 
 def moe_align_block_size(
@@ -115,12 +115,16 @@ def fused_experts(
     quant_config, as vLLM's FusedMoEQuantConfig, stands for the arguments of its attributes' names. The `allow_`
     arguments permit what this layer does not need.
 
+    w1_bias [E, 2I] and w2_bias [E, H] are added to what w1 and w2 give. A quant_config's gemm1_clamp_limit, gemm1_alpha
+    and gemm1_beta are the swiglu_limit, swiglu_alpha and swiglu_beta of MoEShape.
+
     Raises UnsupportedError, by its name, for what this layer does not have: another quantisation, static activation
-    scales, zero points, biases, another activation. InputError for tensors that do not fit.
+    scales, zero points, another activation. InputError for tensors that do not fit.
     """
     if quant_config is not None:
         use_fp8_w8a8, block_shape = quant_config.use_fp8_w8a8, quant_config.block_shape
         w1_scale, w2_scale = quant_config.w1_scale, quant_config.w2_scale
+        w1_bias, w2_bias = (getattr(quant_config, name, None) for name in ("w1_bias", "w2_bias"))
         refuse({name: getattr(quant_config, name, None) for name in _NOT_IN_CONFIG})
     asked = {
         "use_int8_w8a8": use_int8_w8a8,
@@ -132,8 +136,6 @@ def fused_experts(
         "w2_zp": w2_zp,
         "a1_scale": a1_scale,
         "a2_scale": a2_scale,
-        "w1_bias": w1_bias,
-        "w2_bias": w2_bias,
     }
     refuse(asked)
     check_kind(activation, use_fp8_w8a8, block_shape)
@@ -153,7 +155,16 @@ def fused_experts(
         topk_ids,
         inplace=inplace,
         apply_router_weight_on_input=apply_router_weight_on_input,
+        **_form(w1_bias, w2_bias, quant_config),
     )
+
+
+def _form(w1_bias: torch.Tensor | None, w2_bias: torch.Tensor | None, quant_config: Any) -> LayerForm:
+    """The layer's form: what is None, or absent from `quant_config`, is the plain layer's."""
+    names = {"gemm1_clamp_limit": "swiglu_limit", "gemm1_alpha": "swiglu_alpha", "gemm1_beta": "swiglu_beta"}
+    given = {ours: getattr(quant_config, theirs, None) for theirs, ours in names.items()}
+    given |= {"w13_bias": w1_bias, "w2_bias": w2_bias}
+    return cast(LayerForm, {name: value for name, value in given.items() if value is not None})
 
 
 _NOT_IN_CONFIG = (
@@ -168,11 +179,6 @@ _NOT_IN_CONFIG = (
     "w2_zp",
     "a1_scale",
     "a2_scale",
-    "w1_bias",
-    "w2_bias",
-    "gemm1_alpha",
-    "gemm1_beta",
-    "gemm1_clamp_limit",
 )
 
 
