@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import random
 
 import pytest
@@ -225,3 +226,47 @@ def test_the_order_of_the_traces_changes_nothing(drawn: list, num_tokens: int, s
     shuffled = list(traces)
     shuffle.shuffle(shuffled)
     assert chosen(traces, num_tokens) == chosen(shuffled, num_tokens)
+
+
+NOISE = 0.01
+MEASURED_TOKENS = (1, 2, 8, 64, 256, 1024)
+
+
+@st.composite
+def rising_times(draw: st.DrawFn) -> list[float]:
+    """Times of one variant at MEASURED_TOKENS, none less than the one before."""
+    steps = [draw(st.floats(1.0, 3.0)) for _ in MEASURED_TOKENS[1:]]
+    times = [draw(st.floats(5.0, 50.0))]
+    for step in steps:
+        times.append(times[-1] * step)
+    return times
+
+
+def predicted(times: list[float], num_tokens: int) -> float:
+    """On a straight line between the measured neighbours, time and M in logarithms."""
+    logs = [math.log(at) for at in MEASURED_TOKENS]
+    above = next(i for i, at in enumerate(MEASURED_TOKENS) if at >= num_tokens)
+    if MEASURED_TOKENS[above] == num_tokens:
+        return times[above]
+    weight = (math.log(num_tokens) - logs[above - 1]) / (logs[above] - logs[above - 1])
+    return times[above - 1] ** (1 - weight) * times[above] ** weight
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.tuples(rising_times(), rising_times(), rising_times()))
+def test_between_measured_batch_sizes_there_is_no_cliff(all_times: tuple[list[float], ...]) -> None:
+    """What is chosen never takes longer than the default beyond the noise, and no larger batch takes less time."""
+    times = dict(zip(("cuda.sm90_fused", "triton.grouped", "torch.loop"), all_times, strict=True))
+    traces = [
+        trace
+        for of in (FUSED, GROUPED, LOOP)
+        for at, median_us in zip(MEASURED_TOKENS, times[of.name], strict=True)
+        for trace in right(of, 0, at, median_us, NOISE)
+    ]
+    before = 0.0
+    for num_tokens in (*range(1, 24), *range(24, MEASURED_TOKENS[-1] + 1, 25), MEASURED_TOKENS[-1]):
+        choice = chosen(traces, num_tokens)
+        now = predicted(times[choice.variant], num_tokens)
+        assert now <= predicted(times["cuda.sm90_fused"], num_tokens) * (1 + 3 * NOISE), choice.reason
+        assert now >= before * (1 - 3 * NOISE), choice.reason
+        before = now
