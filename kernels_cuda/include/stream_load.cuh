@@ -161,6 +161,7 @@ struct Gatherer {
             if (piece.phase == kEnd) break;
             if (piece.phase == kUp) gather_up(piece);
             if (piece.phase == kDown) {
+                grid_dependency::wait();  // before that activations may look written that are not
                 gather_rows(piece.item, !few);
                 gather_down(piece);
             }
