@@ -1,0 +1,58 @@
+// Values handed from CTA to CTA through global memory, emulated: stores become visible later, in halves, in any order.
+#pragma once
+#include "types.cuh"
+
+namespace exchange {
+
+inline bool written(const float4& value) {
+    return __float_as_uint(value.x) != ~0u && __float_as_uint(value.y) != ~0u && __float_as_uint(value.z) != ~0u &&
+           __float_as_uint(value.w) != ~0u;
+}
+inline bool written(const uint4& value) {
+    return value.x != ~0u && value.y != ~0u && value.z != ~0u && value.w != ~0u;
+}
+inline bool written(float value) { return __float_as_uint(value) != ~0u; }
+
+template <typename T>
+void check_written(const T& value, const EmulatedWhere& where) {
+    if (!written(value)) throw emulation::Fault{emulation::name_of(where) + ": stores what means unwritten"};
+}
+
+template <typename T>
+    requires(sizeof(T) == 16)
+void store(T* address, T value, EMULATED_WHERE) {
+    check_written(value, where);
+    const auto halves = std::bit_cast<std::array<uint2, 2>>(value);
+    for (uint32_t half = 0; half < 2; ++half)
+        emulation::store_later(reinterpret_cast<uint2*>(address) + half, halves[half]);
+}
+
+inline void store(float* address, float value, EMULATED_WHERE) {
+    check_written(value, where);
+    emulation::store_later(address, value);
+}
+
+template <typename T>
+T load_once(const T* address, EMULATED_WHERE) {
+    if (written(*address)) return *address;
+    emulation::launch->poll(where);
+    if (written(*address)) emulation::launch->poll_succeeded();
+    return *address;
+}
+
+template <typename T>
+T load(const T* address, EMULATED_WHERE) {
+    T value = load_once(address, where);
+    while (!written(value)) value = load_once(address, where);
+    return value;
+}
+
+template <uint32_t kCount, typename Address>
+void load(float4 (&value)[kCount], Address address, EMULATED_WHERE) {
+    for (uint32_t i = 0; i < kCount; ++i) {
+        const float4* const source = address(i);
+        value[i] = source == nullptr ? make_float4(0.f, 0.f, 0.f, 0.f) : load(source, where);
+    }
+}
+
+}  // namespace exchange

@@ -1,0 +1,330 @@
+"""CUDA variants on the CPU, through tests/emulation: what their kernels compute under many interleavings, and that the
+emulation finds the mistakes it is there to find."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from emulation import emulator
+from emulation.emulator import Device, EmulationError, Grid, Kernel, Source, emulate, emulated
+
+from kernels_cuda import compile as cuda_compile
+from kernels_cuda import sm90_prologue, weight_tiles
+from kernels_cuda.launch import pointer
+from kernels_cuda.sm90_fused import SM90Fused, most_stages
+from kernels_cuda.sm90_stream import SM90Stream, SM90StreamDeterministic
+from reference.layout import interleave
+from reference.quant import quantise_activations
+from reference.routing import align_block_size, tile_rows
+from workbench.generate import make_inputs, make_weights
+from workbench.numerics import measure
+from workbench.problem import MoEInputs, MoEShape, MoEWeights, RoutingLaw, Workload
+from workbench.variant import Config, Variant
+from workbench.verify import expected_output
+
+pytestmark = pytest.mark.skipif(bool(emulator.compiler_missing()), reason=emulator.compiler_missing())
+
+CPU = torch.device("cpu")
+TOLERANCE = 0.01
+SEEDS = range(3)
+
+
+def batch(shape: MoEShape, num_tokens: int, law: str = "uniform", **options) -> tuple[MoEWeights, MoEInputs]:
+    workload = Workload(shape, num_tokens, RoutingLaw.parse(law), **options)
+    return make_weights(shape, seed=0, device=CPU), make_inputs(workload, device=CPU)
+
+
+def output(
+    variant: Variant, weights: MoEWeights, inputs: MoEInputs, config: Config, num_sms: int, seed: int, aligned: bool
+) -> torch.Tensor:
+    """What `variant` computes under one interleaving, from aligned inputs or the caller's."""
+    out = torch.full((inputs.num_tokens, weights.shape.hidden_size), torch.nan, dtype=torch.bfloat16)
+    with emulated(num_sms, seed):
+        prepared = variant.prepare(weights)
+        variant.run(prepared, variant.align(prepared, inputs, config) if aligned else inputs, out, config)
+    return out
+
+
+def error(out: torch.Tensor, weights: MoEWeights, inputs: MoEInputs) -> float:
+    return measure(out, expected_output(weights, inputs), TOLERANCE).rel_err
+
+
+# ---- sm90_fused
+
+
+def fused_config(block_m: int, cluster_size: int, num_stages: int) -> Config:
+    assert num_stages <= most_stages(block_m, cluster_size)
+    return Config(block_m=block_m, cluster_size=cluster_size, num_stages=num_stages)
+
+
+@pytest.mark.parametrize("law", ["uniform", "one-expert"])
+@pytest.mark.parametrize(
+    ("block_m", "cluster_size", "num_stages"), [(8, 1, 2), (8, 2, 3), (16, 2, 2), (16, 4, 3), (96, 1, 3)]
+)
+def test_fused_is_right_under_any_interleaving(block_m, cluster_size, num_stages, law):
+    weights, inputs = batch(MoEShape(5, 640, 256, 2), 21, law, dropped=0.2)
+    config = fused_config(block_m, cluster_size, num_stages)
+    for seed in SEEDS:
+        out = output(SM90Fused(), weights, inputs, config, num_sms=8, seed=seed, aligned=seed % 2 == 0)
+        assert error(out, weights, inputs) < TOLERANCE
+
+
+def test_fused_takes_interleaved_weights():
+    weights, inputs = batch(MoEShape(3, 384, 256, 2), 9)
+    shape, config = weights.shape, fused_config(8, 1, 2)
+    interleaved = MoEWeights(
+        shape, interleave(weights.w13, 8), interleave(weights.w13_scale, 1), weights.w2, weights.w2_scale
+    )
+    out = torch.full((inputs.num_tokens, shape.hidden_size), torch.nan, dtype=torch.bfloat16)
+    with emulated(num_sms=4):
+        SM90Fused().run(SM90Fused().prepare_interleaved(interleaved), inputs, out, config)
+    assert error(out, weights, inputs) < TOLERANCE
+
+
+# ---- sm90_stream
+
+
+def stream_config(variant: Variant, weights: MoEWeights, num_tokens: int, max_rows: int) -> Config:
+    return next(c for c in variant.configs(weights.shape, num_tokens) if c["max_rows"] == max_rows)
+
+
+FEW_JOBS = (MoEShape(8, 640, 256, 2), 1, 8, 16)
+"""16 CTAs for 4 jobs: each has at most one piece of a phase."""
+
+MANY_TILES = (MoEShape(64, 512, 128, 2), 80, 8, 4)
+"""About 75 jobs for 4 CTAs: whole, quartered and fine pieces."""
+
+TWO_CHUNKS = (MoEShape(8, 640, 256, 2), 40, 32, 5)
+TALL = (MoEShape(4, 1152, 128, 2), 60, 64, 6)
+SHORT_K = (MoEShape(3, 256, 128, 2), 9, 16, 8)
+"""Fewer pieces of the up phase than CTAs: some begin with the down phase."""
+
+
+@pytest.mark.parametrize(
+    ("case", "law", "dropped"),
+    [
+        (FEW_JOBS, "uniform", 0.0),
+        (MANY_TILES, "uniform", 0.0),
+        (TWO_CHUNKS, "uniform", 0.3),
+        (TWO_CHUNKS, "one-expert", 0.0),
+        (TALL, "zipf:1.2", 0.3),
+        (TALL, "one-expert", 0.0),
+        (SHORT_K, "uniform", 0.0),
+    ],
+)
+def test_stream_is_right_under_any_interleaving(case, law, dropped):
+    shape, num_tokens, max_rows, num_sms = case
+    weights, inputs = batch(shape, num_tokens, law, dropped=dropped)
+    config = stream_config(SM90Stream(), weights, num_tokens, max_rows)
+    for seed in SEEDS:
+        out = output(SM90Stream(), weights, inputs, config, num_sms, seed, aligned=seed % 2 == 0)
+        assert error(out, weights, inputs) < TOLERANCE
+
+
+def test_stream_without_a_single_choice_gives_zeros():
+    weights, inputs = batch(SHORT_K[0], 9, dropped=1.0)
+    config = stream_config(SM90Stream(), weights, 9, max_rows=16)
+    assert (output(SM90Stream(), weights, inputs, config, num_sms=8, seed=0, aligned=False) == 0).all()
+
+
+def test_deterministic_stream_gives_the_same_bits_under_any_interleaving_and_in_any_batch():
+    shape, num_tokens, max_rows, num_sms = TWO_CHUNKS
+    weights, inputs = batch(shape, num_tokens)
+    variant = SM90StreamDeterministic()
+    config = stream_config(variant, weights, num_tokens, max_rows)
+    outs = [output(variant, weights, inputs, config, num_sms, seed, aligned=False) for seed in SEEDS]
+    assert error(outs[0], weights, inputs) < TOLERANCE
+    for out in outs[1:]:
+        assert torch.equal(out, outs[0])
+    few = MoEInputs(inputs.topk_ids[:3], inputs.topk_weights[:3], x=inputs.tokens[:3])
+    assert torch.equal(output(variant, weights, few, config, num_sms, seed=0, aligned=False), outs[0][:3])
+
+
+# ---- sm90_prologue
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "top_k", "num_experts", "max_rows", "dropped"),
+    [(1, 9, 257, 8, 0.0), (3, 4, 5, 8, 0.4), (64, 10, 512, 64, 0.4), (5, 2, 8, 8, 1.0), (300, 8, 40, 128, 0.0)],
+)
+def test_prologue_groups_quantises_and_fills(num_tokens, top_k, num_experts, max_rows, dropped):
+    generator = torch.Generator().manual_seed(0)
+    topk_ids = torch.rand(num_tokens, num_experts, generator=generator).topk(min(top_k, num_experts), 1).indices.int()
+    topk_ids[torch.rand(topk_ids.shape, generator=generator) < dropped] = -1
+    x = torch.randn(num_tokens, 256, generator=generator).bfloat16()
+    out, poison = torch.full((num_tokens, 256), torch.nan), torch.zeros(num_tokens * 48, dtype=torch.uint8)
+    for seed in SEEDS:
+        with emulated(num_sms=8, seed=seed):
+            quantised = sm90_prologue.empty_quantised(x)
+            tiled = sm90_prologue.empty_tiles(topk_ids.numel(), num_experts, max_rows, CPU)
+            aligned = sm90_prologue.empty_alignment(topk_ids.numel(), num_experts, max_rows, CPU)
+            routing = {"topk_ids": topk_ids.contiguous(), "num_experts": num_experts}
+            sm90_prologue.launch(out=out, x=x, quantised=quantised, **routing, aligned=tiled, poison=poison)
+            sm90_prologue.launch(**routing, aligned=aligned)
+
+        x_q, x_scale = quantise_activations(x)
+        assert torch.equal(quantised[0].view(torch.uint8), x_q.view(torch.uint8))
+        assert torch.equal(quantised[1], x_scale)
+        assert (out == 0).all()
+        assert (poison == 0xFF).all()
+
+        expert_of = torch.cat([topk_ids.flatten(), torch.tensor([num_experts])])
+        expected = tile_rows(topk_ids, max_rows, num_experts)
+        num_tiles, num_rows = expected.tiles[0, :2].tolist()
+        assert torch.equal(tiled.tiles[: num_tiles + 1], expected.tiles[: num_tiles + 1])
+        choices, expected_choices = tiled.sorted_choices[:num_rows], expected.sorted_choices[:num_rows]
+        assert torch.equal(expert_of[choices], expert_of[expected_choices])
+        assert torch.equal(choices.sort().values, expected_choices.sort().values)
+
+        blocks = align_block_size(topk_ids, max_rows, num_experts)
+        assert torch.equal(aligned.num_tokens_post_padded, blocks.num_tokens_post_padded)
+        assert torch.equal(aligned.expert_ids, blocks.expert_ids)
+        assert torch.equal(expert_of[aligned.sorted_token_ids], expert_of[blocks.sorted_token_ids])
+        assert torch.equal(aligned.sorted_token_ids.sort().values, blocks.sorted_token_ids.sort().values)
+
+
+@pytest.mark.slow
+def test_prologue_routes_many_choices_by_clusters():
+    topk_ids = (torch.rand(4000, 9, generator=torch.Generator().manual_seed(0)) ** 4 * 257).int()
+    with emulated(num_sms=6, seed=1):
+        tiled = sm90_prologue.empty_tiles(topk_ids.numel(), 257, 64, CPU)
+        sm90_prologue.launch(topk_ids=topk_ids, num_experts=257, aligned=tiled)
+    expected = tile_rows(topk_ids, 64, 257)
+    num_tiles = int(expected.tiles[0, 0])
+    assert torch.equal(tiled.tiles[: num_tiles + 1], expected.tiles[: num_tiles + 1])
+    experts = topk_ids.flatten()
+    assert torch.equal(experts[tiled.sorted_choices], experts[expected.sorted_choices])
+
+
+# ---- the emulation itself
+
+
+def holds_ptx(path: Path) -> bool:
+    """Whether there is inline assembly other than an empty one, which only holds the compiler back."""
+    return re.search(r'\basm\b[^(]*\(\s*"[^"]', path.read_text()) is not None
+
+
+def test_the_headers_that_hold_ptx_are_the_ones_emulated():
+    with_ptx = {path.name for path in cuda_compile.INCLUDE_FOLDER.glob("*.cuh") if holds_ptx(path)}
+    assert with_ptx == {path.name for path in (emulator.FOLDER / "include").glob("*.cuh")}
+
+
+@pytest.mark.parametrize("path", sorted(cuda_compile.SOURCE_FOLDER.glob("*.cu")), ids=lambda path: path.stem)
+def test_kernels_themselves_hold_no_ptx(path: Path):
+    assert not holds_ptx(path)
+
+
+class RingParams(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_uint64) for name in ("a", "b", "sum", "num_tiles"))
+
+
+def ring(fault: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the ring of emulation/ring.cu adds up, and what it should."""
+    num_tiles = 7
+    generator = torch.Generator().manual_seed(1)
+    a = torch.randint(-8, 9, (num_tiles + 1, 64, 128), generator=generator).to(torch.float8_e4m3fn)
+    b = torch.randint(-8, 9, (8, num_tiles, 128), generator=generator).to(torch.float8_e4m3fn)
+    rows_of_128 = torch.cat([a, a], dim=1).view(torch.uint8)  # a tile of weight_tiles.py is twice as high
+    swizzled = weight_tiles.swizzled(rows_of_128)[:, :64].contiguous()
+    total = torch.full((64, 8), torch.nan)
+    params = RingParams(pointer(swizzled), pointer(b), pointer(total), num_tiles)
+    kernel = emulate(emulator.FOLDER / "ring.cu", {"FAULT": fault})
+    kernel(params, Grid(num_ctas=1, num_threads=192, cluster_size=1, seed=seed))
+    return total, torch.einsum("trk,ntk->rn", a[:num_tiles].float(), b.float())
+
+
+RELEASES_EARLY, SKIPS_WAIT, EXPECTS_TOO_FEW, EXPECTS_TOO_MANY, SKIPS_FENCE, LOADS_ONE_MORE, RELEASES_TWICE = range(1, 8)
+
+
+def test_a_sound_ring_is_exact_under_any_interleaving():
+    for seed in range(20):
+        total, expected = ring(fault=0, seed=seed)
+        assert torch.equal(total, expected)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (RELEASES_EARLY, r"ring\.cu:\d+: operands changed while the product was in flight"),
+        (SKIPS_WAIT, r"ring\.cu:\d+: operands changed while the product was in flight"),
+        (EXPECTS_TOO_FEW, r"ring\.cu:\d+: more bytes land than the barrier was told to expect"),
+        (
+            EXPECTS_TOO_MANY,
+            r"CTA 0: threads 0-127 wait at ring\.cu:\d+ for an mbarrier .* misses 0 of 33 .* and 16 bytes",
+        ),
+        (SKIPS_FENCE, r"ring\.cu:\d+: reads what cp\.async wrote, without fence_async_proxy\(\) since"),
+        (LOADS_ONE_MORE, r"a bulk copy: reaches the shared memory of CTA 0, which has ended"),
+        (RELEASES_TWICE, r"ring\.cu:\d+: operands changed while the product was in flight"),
+    ],
+    ids=(
+        "releases early",
+        "skips wait",
+        "too few bytes",
+        "too many bytes",
+        "skips fence",
+        "one load more",
+        "releases twice",
+    ),
+)
+def test_a_planted_fault_is_found(fault, message):
+    found = []
+    for seed in range(32):
+        try:
+            ring(fault, seed)
+        except EmulationError as fault_found:
+            found.append(str(fault_found))
+    assert any(re.search(message, text) for text in found), found
+
+
+class HandoverParams(ctypes.Structure):
+    _fields_ = (("words", ctypes.c_uint64), ("neighbour", ctypes.c_uint64))
+
+
+def handover(fault: int, seed: int) -> torch.Tensor:
+    words, neighbour = torch.full((4,), -1, dtype=torch.int32), torch.zeros(4, 2)
+    kernel = emulate(emulator.FOLDER / "handover.cu", {"FAULT": fault})
+    params = HandoverParams(pointer(words), pointer(neighbour))
+    kernel(params, Grid(num_ctas=4, num_threads=64, cluster_size=2, seed=seed))
+    return neighbour
+
+
+NEVER_STORES, LEAVES_EARLY = 1, 2
+
+
+def test_values_are_handed_from_cta_to_cta():
+    for seed in range(8):
+        assert handover(fault=0, seed=seed).tolist() == [[1, 101], [2, 100], [3, 103], [0, 102]]
+
+
+def test_a_value_that_never_comes_is_a_deadlock_that_names_the_line():
+    with pytest.raises(EmulationError, match=r"CTA 3: threads 0 wait at handover\.cu:\d+ for a value in memory"):
+        handover(NEVER_STORES, seed=0)
+
+
+def test_a_cta_that_leaves_before_its_neighbour_has_read_is_found():
+    def leave_early_in_many_ways() -> None:
+        for seed in range(32):
+            handover(LEAVES_EARLY, seed)
+
+    with pytest.raises(EmulationError, match="reads the shared memory of a CTA that has ended"):
+        leave_early_in_many_ways()
+
+
+class AffineParams(ctypes.Structure):
+    _fields_ = (("words", ctypes.c_uint64), ("factor", ctypes.c_float), ("addend", ctypes.c_float))
+
+
+@pytest.mark.parametrize(("fault", "expected"), [(0, 1 * 2 + 3), (1, (1 + 3) * 2)])
+def test_an_overlapping_kernel_is_ahead_of_the_one_before_until_it_waits(fault, expected):
+    words = torch.ones(64)
+    gpu = Device(num_sms=2, seed=0)
+    file, defines = emulator.FOLDER / "affine.cu", {"FAULT": fault}
+    kernel = Kernel(gpu, Source(file, tuple(defines.items())), emulate(file, defines), 32, 1, 0, 2)
+    for factor, addend in ((2, 0), (1, 3)):
+        kernel.launch(AffineParams(pointer(words), factor, addend), num_ctas=2, overlap_previous=True)
+    gpu.synchronize()
+    assert words.tolist() == [expected] * 64
