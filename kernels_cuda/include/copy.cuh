@@ -66,8 +66,8 @@ __device__ __forceinline__ void bulk_load(void* destination, const void* source,
                  : "memory");
 }
 
-// tma_load_2d and tma_load_5d into every CTA of the cluster that `cta_mask` names, at the same shared addresses; each
-// completes the bytes on its own barrier.
+// One box of a 2- or 4-dimensional tensor map into every CTA of the cluster that `cta_mask` names, at the same shared
+// address; it completes its bytes on the barrier of each.
 __device__ __forceinline__ void tma_multicast_2d(void* destination, const TensorMap& map, uint64_t& barrier,
                                                  int32_t column, int32_t row, uint16_t cta_mask) {
     asm volatile(
@@ -77,12 +77,12 @@ __device__ __forceinline__ void tma_multicast_2d(void* destination, const Tensor
         : "memory");
 }
 
-__device__ __forceinline__ void tma_multicast_5d(void* destination, const TensorMap& map, uint64_t& barrier, int32_t c0,
-                                                 int32_t c1, int32_t c2, int32_t c3, int32_t c4, uint16_t cta_mask) {
+__device__ __forceinline__ void tma_multicast_4d(void* destination, const TensorMap& map, uint64_t& barrier, int32_t c0,
+                                                 int32_t c1, int32_t c2, int32_t c3, uint16_t cta_mask) {
     asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-        "[%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(shared_address(destination)),
-        "l"(&map), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "h"(cta_mask)
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(destination)),
+        "l"(&map), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"(cta_mask)
         : "memory");
 }
 

@@ -85,4 +85,21 @@ __device__ __forceinline__ float load(const float* address) {
     return 0.f;
 }
 
+// A flag for what this CTA wrote before, by one thread after a barrier of those that wrote.
+__device__ __forceinline__ void signal(uint32_t* flag) {
+    __threadfence();
+    asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
+}
+
+// One thread, before a barrier with those that read. Traps if the signal does not come.
+__device__ __forceinline__ void await(const uint32_t* flag) {
+#pragma unroll 1
+    for (uint32_t poll = 0; poll < kMaxPolls; ++poll) {
+        uint32_t value;
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+        if (value != 0) return;
+    }
+    __trap();
+}
+
 }  // namespace exchange

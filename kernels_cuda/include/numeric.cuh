@@ -35,3 +35,27 @@ __device__ __forceinline__ void add_bf16x8(uint16_t* address, uint4 values) {
                  "r"(values.y), "r"(values.z), "r"(values.w)
                  : "memory");
 }
+
+// add_bf16x8() if `valid`, by a predicate: for code with a product under way, where a branch would end the overlap.
+__device__ __forceinline__ void add_bf16x8_if(bool valid, uint16_t* address, uint4 values) {
+    asm volatile(
+        "{\n"
+        ".reg .pred valid;\n"
+        "setp.ne.b32 valid, %5, 0;\n"
+        "@valid red.relaxed.gpu.global.add.noftz.v4.bf16x2 [%0], {%1, %2, %3, %4};\n"
+        "}" ::"l"(address),
+        "r"(values.x), "r"(values.y), "r"(values.z), "r"(values.w), "r"(static_cast<uint32_t>(valid))
+        : "memory");
+}
+
+// The same with a plain store.
+__device__ __forceinline__ void store_bf16x8_if(bool valid, uint16_t* address, uint4 values) {
+    asm volatile(
+        "{\n"
+        ".reg .pred valid;\n"
+        "setp.ne.b32 valid, %5, 0;\n"
+        "@valid st.global.v4.b32 [%0], {%1, %2, %3, %4};\n"
+        "}" ::"l"(address),
+        "r"(values.x), "r"(values.y), "r"(values.z), "r"(values.w), "r"(static_cast<uint32_t>(valid))
+        : "memory");
+}

@@ -17,4 +17,11 @@ __device__ __forceinline__ void increase() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
+// threadIdx.x, read again where it is used: over a stretch of code that needs every register it would be spilled.
+__device__ __forceinline__ uint32_t thread_index() {
+    uint32_t index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    return index;
+}
+
 }  // namespace registers

@@ -151,8 +151,7 @@ struct Math {
             const uint32_t row = i / kPieces, piece = i % kPieces;
             const uint8_t* const source = shared.outgoing + row * kGroupSize + (piece ^ row % 8) * 16;
             exchange::store(rows + row * kNumChunks * kPieces + piece, *reinterpret_cast<const uint4*>(source));
-        }
-        named_barrier(kMathBarrier, kNumMathThreads);  // `outgoing` is free again
+        }  // `outgoing` is free again after the first barrier of the next activate()
     }
 
     __device__ __forceinline__ static void add(float4& sum, const float4& value) {

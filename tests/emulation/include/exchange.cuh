@@ -55,4 +55,17 @@ void load(float4 (&value)[kCount], Address address, EMULATED_WHERE) {
     }
 }
 
+// A flag for what this CTA wrote before.
+inline void signal(uint32_t* flag, EMULATED_WHERE) {
+    emulation::drain_stores(where);
+    emulation::store_later(flag, 1u);
+}
+
+inline void await(const uint32_t* flag, EMULATED_WHERE) {
+    while (*flag == 0) {
+        emulation::launch->poll(where);
+        if (*flag != 0) emulation::launch->poll_succeeded();
+    }
+}
+
 }  // namespace exchange

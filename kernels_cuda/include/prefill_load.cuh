@@ -1,0 +1,253 @@
+// The producers of a grouped product whose rows are scattered: for every step of K a stage with 256 weight rows, up to
+// kBlockM gathered rows, and their scales.
+//
+// A cluster of two CTAs works on one tile of rows: each gathers half of them, and loads half of the weights into both.
+// What is read, and from where, an `Operands` type says:
+//
+//     kNumK                                     steps of K
+//     tile(item), column(item)                  the tile of an item and which 256 weight rows it multiplies
+//     source_row(tile, row)                     where row `row` of the tile lies
+//     row_offset(source_row, piece), k_base(k)  its 16-byte piece: k_base(k) + row_offset(source_row, piece)
+//     row_scale(source_row)                     its scales, one for each step
+//     weight_scale(expert, column, half)        those of the first or second 128 weight rows, one for each step
+//     load_weights(target, full, expert, column, k, half)   multicast of 128 weight rows
+#pragma once
+#include "cluster.cuh"
+#include "copy.cuh"
+#include "mbarrier.cuh"
+#include "prefill_schedule.cuh"
+#include "registers.cuh"
+
+constexpr uint32_t kBlockM = BLOCK_M;  // rows of a CTA
+constexpr uint32_t kNumStages = NUM_STAGES;
+
+constexpr uint32_t kTileK = 128;  // bytes of K in a stage: one swizzle row
+constexpr uint32_t kHalfBytes = 128 * kTileK;
+constexpr uint32_t kNumMathThreads = 256;
+constexpr uint32_t kNumMathWarps = kNumMathThreads / 32;
+constexpr uint32_t kNumLoadThreads = 128;
+constexpr uint32_t kNumThreads = kNumMathThreads + kNumLoadThreads;
+constexpr uint32_t kMathBarrier = 1;
+constexpr uint32_t kLoadBarrier = 2;
+constexpr uint32_t kClusterSize = 2;
+constexpr uint32_t kZeroBytes = 2048;
+constexpr uint32_t kNumPieces = kNumStages + 2;  // one that is finished, one in each stage, the one being written
+
+static_assert(kBlockM % 16 == 0 && kBlockM <= 128, "a load thread has the scale of one row, scales lie in groups of 16");
+
+// What consumers need of a piece; ready with the stage of its first step. num_rows 0: there are no more.
+struct PieceOfTile {
+    uint32_t first_row, first_h_row, num_rows, column, first_k, last_k;
+};
+
+// Zeros written from shared memory beside other work, kZeroBytes at a time, by one thread. Kept in shared memory for its
+// registers.
+struct Zeroing {
+    alignas(128) uint8_t zeros[kZeroBytes];
+    uint8_t* next;
+    uint8_t* end;
+
+    // All threads: this CTA's part of `num_bytes`, a multiple of 16. Follow with a CTA barrier.
+    __device__ __forceinline__ void init(uint8_t* target, uint64_t num_bytes) {
+        for (uint32_t i = threadIdx.x; i < kZeroBytes / 4; i += kNumThreads) reinterpret_cast<uint32_t*>(zeros)[i] = 0;
+        fence_async_proxy();
+        const uint64_t part = ceil_div(num_bytes, uint64_t{kZeroBytes} * gridDim.x) * kZeroBytes;
+        if (threadIdx.x == 0) {
+            next = target + min(part * blockIdx.x, num_bytes);
+            end = target + min(part * (blockIdx.x + 1), num_bytes);
+        }
+    }
+    __device__ __forceinline__ void step() {
+        if (next == end) return;
+        const uint32_t num_bytes = min(static_cast<uint64_t>(kZeroBytes), static_cast<uint64_t>(end - next));
+        bulk_store(next, zeros, num_bytes);
+        next += num_bytes;
+    }
+    __device__ __forceinline__ void finish() {
+        while (next != end) step();
+        bulk_store_wait_all();
+    }
+};
+
+struct LoadStorage {
+    alignas(1024) uint8_t weights[kNumStages][2][kHalfBytes];
+    alignas(1024) uint8_t rows[kNumStages][kBlockM * kTileK];
+    Zeroing zeroing;
+    alignas(16) float scale[kNumStages][2][kBlockM];  // weight scale * row scale, at scale_slot(row)
+    PieceOfTile piece[kNumPieces];
+    uint32_t first_of_piece[kNumStages];  // where a piece begins: its place in `piece`
+    uint32_t source_row[2][kBlockM];
+    uint64_t full[kNumStages];
+    uint64_t empty[kNumStages];
+};
+
+// Scales are so ordered that the four that a lane needs of 16 rows as wgmma's N are adjacent: rows 2c, 2c+1, 8+2c, 9+2c.
+__device__ __forceinline__ constexpr uint32_t scale_slot(uint32_t row) {
+    return row / 16 * 16 + row / 2 % 4 * 4 + row / 8 % 2 * 2 + row % 2;
+}
+
+using Ring = RingPosition<kNumStages>;
+
+// One thread, before a cluster barrier.
+__device__ __forceinline__ void init_ring(LoadStorage& shared) {
+    for (uint32_t stage = 0; stage < kNumStages; ++stage) {
+        mbarrier::init(shared.full[stage], 2 * kNumLoadThreads + 1);  // copies, scales, weights
+        mbarrier::init(shared.empty[stage], kNumMathThreads + kNumMathWarps);  // own threads, the other CTA's warps
+    }
+}
+
+// 128 threads. Thread t gathers piece t % 8 of rows t / 8, t / 8 + 16, ..., and has the scales of row t.
+template <typename Operands>
+struct Loader {
+    static constexpr uint32_t kNumK = Operands::kNumK;
+    static constexpr uint32_t kPasses = kBlockM / 16;
+    static constexpr uint32_t kScalesPerThread = ceil_div(2 * kNumK, kNumLoadThreads);
+    static constexpr uint32_t kNoRow = ~0u;
+    static constexpr uint32_t kLead = 8;  // steps before its end at which a piece fetches the rows of the next
+
+    const Operands& operands;
+    LoadStorage& shared;
+    float (&weight_scales)[2][2][kNumK];
+    const uint32_t rank = cluster::cta_rank();
+    const uint32_t thread = registers::thread_index() - kNumMathThreads;
+
+    __device__ __forceinline__ Loader(const Operands& operands, LoadStorage& shared, float (&weight_scales)[2][2][kNumK])
+        : operands(operands), shared(shared), weight_scales(weight_scales) {}
+
+    struct Job {
+        Tile tile;
+        uint32_t column;
+        Piece piece;
+
+        __device__ __forceinline__ bool end() const { return piece.item == kNoItem; }
+    };
+    struct Rows {
+        uint32_t own_row = kNoRow;  // the source of this thread's row
+        float weight_scale[kScalesPerThread];
+    };
+
+    __device__ __forceinline__ Job take(Pieces& pieces) const {
+        Job job{{}, 0, pieces.take()};
+        if (!job.end()) job.tile = operands.tile(job.piece.item), job.column = operands.column(job.piece.item);
+        return job;
+    }
+
+    // The rows of the tile that are this CTA's.
+    __device__ __forceinline__ uint32_t first_row(const Job& job) const { return rank * rows_per_cta(job.tile.num_rows); }
+    __device__ __forceinline__ uint32_t num_rows(const Job& job) const {
+        const uint32_t first = first_row(job);
+        return job.tile.num_rows > first ? min(job.tile.num_rows - first, rows_per_cta(job.tile.num_rows)) : 0u;
+    }
+
+    __device__ __forceinline__ Rows fetch_rows(const Job& job) const {
+        Rows rows;
+        if (job.end()) return rows;
+        if (thread < num_rows(job)) rows.own_row = operands.source_row(job.tile, first_row(job) + thread);
+#pragma unroll
+        for (uint32_t i = 0; i < kScalesPerThread; ++i) {
+            const uint32_t index = i * kNumLoadThreads + thread, half = index >= kNumK;
+            if (index < 2 * kNumK)
+                rows.weight_scale[i] = operands.weight_scale(job.tile.expert, job.column, half)[index - half * kNumK];
+        }
+        return rows;
+    }
+
+    // The row's scales of the four steps that step k is one of.
+    __device__ __forceinline__ float4 fetch_scales(uint32_t row, uint32_t k) const {
+        float4 scales = make_float4(0.f, 0.f, 0.f, 0.f);
+        if (row == kNoRow) return scales;
+        const float* const group = operands.row_scale(row) + k / 4 * 4;
+        if constexpr (kNumK % 4 == 0) return *reinterpret_cast<const float4*>(group);
+        const uint32_t left = kNumK - k / 4 * 4;
+        scales.x = group[0];
+        if (left > 1) scales.y = group[1];
+        if (left > 2) scales.z = group[2];
+        if (left > 3) scales.w = group[3];
+        return scales;
+    }
+
+    static __device__ __forceinline__ float at(const float4& four, uint32_t i) {
+        const float low = i & 1 ? four.y : four.x, high = i & 1 ? four.w : four.z;
+        return i & 2 ? high : low;
+    }
+
+    __device__ __forceinline__ void run(Pieces pieces) {
+        Ring ring;
+        uint32_t buffer = 0, piece = 0;
+        Job job = take(pieces);
+        Rows rows = fetch_rows(job);
+        float4 ahead = fetch_scales(rows.own_row, job.piece.first_k), scales = ahead;
+        while (!job.end()) {
+            const uint32_t first_k = job.piece.first_k, last_k = job.piece.last_k;
+            // A thread is at most one piece ahead of another, so two buffers suffice.
+            buffer ^= 1;
+            if (thread < kBlockM) shared.source_row[buffer][thread] = rows.own_row;
+#pragma unroll
+            for (uint32_t i = 0; i < kScalesPerThread; ++i) {
+                const uint32_t index = i * kNumLoadThreads + thread, half = index >= kNumK;
+                if (index < 2 * kNumK) weight_scales[buffer][half][index - half * kNumK] = rows.weight_scale[i];
+            }
+            named_barrier(kLoadBarrier, kNumLoadThreads);
+            uint32_t offset[kPasses];
+#pragma unroll
+            for (uint32_t pass = 0; pass < kPasses; ++pass) {
+                const uint32_t row = shared.source_row[buffer][pass * 16 + thread / 8];
+                offset[pass] = row == kNoRow ? kNoRow : operands.row_offset(row, thread % 8);
+            }
+            const uint32_t row = rows.own_row;
+            const uint32_t rows_at = max(last_k, first_k + kLead) - kLead;
+            Job next;
+#pragma unroll 1
+            for (uint32_t k = first_k; k < last_k; ++k, ring.advance()) {
+                if (k == first_k) next = take(pieces);
+                if (k == rows_at) rows = fetch_rows(next);
+                if (k % 4 == 0 || k == first_k) {
+                    scales = ahead;
+                    const uint32_t next_group = k / 4 * 4 + 4;
+                    const bool within = next_group < last_k;
+                    ahead = fetch_scales(within ? row : rows.own_row, within ? next_group : next.piece.first_k);
+                }
+                mbarrier::wait(shared.empty[ring.stage], ring.parity ^ 1);
+                uint64_t& full = shared.full[ring.stage];
+                if (thread == 0) {
+                    if (k == first_k) {
+                        shared.first_of_piece[ring.stage] = piece;
+                        shared.piece[piece] = {job.tile.first_row,
+                                                     first_h_row(job.tile.expert, job.tile.first_row),
+                                                     job.tile.num_rows,
+                                                     job.column,
+                                                     first_k,
+                                                     last_k};
+                    }
+                    mbarrier::arrive_expect_bytes(full, 2 * kHalfBytes);
+                    operands.load_weights(shared.weights[ring.stage][rank], full, job.tile.expert, job.column, k, rank);
+                }
+                const uint8_t* const base = operands.k_base(k);
+                uint8_t* const target = shared.rows[ring.stage] + thread / 8 * kTileK + (thread % 8 ^ thread / 8 % 8) * 16;
+#pragma unroll
+                for (uint32_t pass = 0; pass < kPasses; ++pass)
+                    if (offset[pass] != kNoRow) cp_async_16(target + pass * 16 * kTileK, base + offset[pass], true);
+                cp_async_arrive(full);
+                if (thread < kBlockM) {
+                    const float scale = at(scales, k % 4);
+                    shared.scale[ring.stage][0][scale_slot(thread)] = scale * weight_scales[buffer][0][k];
+                    shared.scale[ring.stage][1][scale_slot(thread)] = scale * weight_scales[buffer][1][k];
+                }
+                mbarrier::arrive(full);
+                if (thread == 32) shared.zeroing.step();
+            }
+            job = next;
+            piece = piece + 1 < kNumPieces ? piece + 1 : 0;
+        }
+        mbarrier::wait(shared.empty[ring.stage], ring.parity ^ 1);
+        if (thread == 0) {
+            shared.first_of_piece[ring.stage] = piece;
+            shared.piece[piece].num_rows = 0;
+            mbarrier::arrive(shared.full[ring.stage]);
+        }
+        cp_async_arrive(shared.full[ring.stage]);
+        mbarrier::arrive(shared.full[ring.stage]);
+        if (thread == 32) shared.zeroing.finish();
+        cp_async_wait_all();
+    }
+};

@@ -1,0 +1,391 @@
+"""`cuda.sm90_prefill`: large batches as two grouped products, sm90_prefill_up.cu and then sm90_prefill_down.cu, or
+sm90_prefill_down_wide.cu where the intermediate size is large; behind one small launch that routes and quantises.
+
+Weights stay in the layout they are served in: `prepare` only describes them to the copy engine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from kernels_cuda import activation_form, sm90_combine, sm90_fill, sm90_prologue, tma
+from kernels_cuda import compile as cuda_compile
+from kernels_cuda.compile import Cubin, compile_kernel
+from kernels_cuda.launch import Kernel, load, pointer
+from reference.quant import GROUP_SIZE
+from reference.routing import TiledRouting
+from workbench.problem import MoEInputs, MoEShape, MoEWeights
+from workbench.variant import Backend, CompileReport, Config, Support, Variant, register
+
+UP, DOWN, DOWN_WIDE = "sm90_prefill_up", "sm90_prefill_down", "sm90_prefill_down_wide"
+SMEM_BYTES = 232_448  # what a CTA can have on sm_90
+CLUSTER_SIZE = 2
+GROUPED_THREADS = 384
+MAX_STAGES = 5
+MAX_CLUSTERS = 128
+MOST_SLAB_CHUNKS = 2
+"""Up to so many chunks of 128 channels the weights of a slab of columns stay in shared memory."""
+JOB_ROWS = 448
+MAX_HIDDEN_SIZE = 32_640
+"""Keeps x_q of 131072 tokens under 2^32 bytes."""
+FLAG_BYTES = MAX_CLUSTERS * CLUSTER_SIZE * 4
+
+
+class _UpParams(ctypes.Structure):
+    _fields_ = (
+        ("w13", ctypes.c_uint8 * tma.TENSOR_MAP_BYTES),
+        ("x_q", ctypes.c_uint64),
+        ("x_scale", ctypes.c_uint64),
+        ("w13_scale", ctypes.c_uint64),
+        ("sorted_choices", ctypes.c_uint64),
+        ("tiles", ctypes.c_uint64),
+        ("topk_weights", ctypes.c_uint64),
+        ("part_sums", ctypes.c_uint64),
+        ("part_written", ctypes.c_uint64),
+        ("h", ctypes.c_uint64),
+        ("h_scale", ctypes.c_uint64),
+        ("destination", ctypes.c_uint64),
+        ("jobs", ctypes.c_uint64),
+        ("out", ctypes.c_uint64),
+        ("num_out_bytes", ctypes.c_uint64),
+        ("form", activation_form.ActivationForm),
+        ("routed_scaling_factor", ctypes.c_float),
+        ("top_k", ctypes.c_uint32),
+        ("num_experts", ctypes.c_uint32),
+        ("num_h_rows", ctypes.c_uint32),
+        ("padding", ctypes.c_uint8 * 48),  # the kernel's struct is aligned to 64 bytes
+    )
+
+
+class _DownParams(ctypes.Structure):
+    _fields_ = (
+        ("w2", ctypes.c_uint8 * tma.TENSOR_MAP_BYTES),
+        ("h", ctypes.c_uint64),
+        ("h_scale", ctypes.c_uint64),
+        ("w2_scale", ctypes.c_uint64),
+        ("destination", ctypes.c_uint64),
+        ("jobs", ctypes.c_uint64),
+        ("ticket_counter", ctypes.c_uint64),
+        ("out", ctypes.c_uint64),
+        ("num_h_rows", ctypes.c_uint32),
+        ("padding", ctypes.c_uint8 * 4),  # the kernel's struct is aligned to 64 bytes
+    )
+
+
+class _DownWideParams(ctypes.Structure):
+    _fields_ = (
+        ("w2", ctypes.c_uint8 * tma.TENSOR_MAP_BYTES),
+        ("h", ctypes.c_uint64),
+        ("h_scale", ctypes.c_uint64),
+        ("w2_scale", ctypes.c_uint64),
+        ("destination", ctypes.c_uint64),
+        ("tiles", ctypes.c_uint64),
+        ("part_sums", ctypes.c_uint64),
+        ("part_written", ctypes.c_uint64),
+        ("out", ctypes.c_uint64),
+        ("num_h_rows", ctypes.c_uint32),
+        ("padding", ctypes.c_uint8 * 60),  # the kernel's struct is aligned to 64 bytes
+    )
+
+
+def grouped_smem_bytes(block_m: int, num_k: int, num_stages: int, epilogue: int) -> int:
+    """Size of a grouped product's SharedStorage with so many bytes for its epilogue, from above."""
+    stage = 2 * 128 * 128 + block_m * (128 + 2 * 4) + 16  # weights, rows and scales, two barriers
+    ring = num_stages * stage + 2048 + 128 + (num_stages + 2) * 24 + 2 * block_m * 4
+    tables = 4 * num_k * 4 + (MAX_CLUSTERS + 1) * 4 + 128
+    return -(-ring // 1024) * 1024 + -(-(tables + epilogue) // 1024) * 1024
+
+
+def up_smem_bytes(block_m: int, num_k: int, num_stages: int) -> int:
+    """Size of the up kernel's SharedStorage, from above."""
+    return grouped_smem_bytes(block_m, num_k, num_stages, max(block_m * (144 + 8 * 4 + 4), 1024 * 4 + 64))
+
+
+def down_smem_bytes(num_chunks: int) -> int:
+    """Size of the down kernel's SharedStorage, from above."""
+    num_blocks = 8 if num_chunks == 1 else 6
+    return 8 * 128 * 128 + num_blocks * (num_chunks * 64 * 128 + 64) + 1024
+
+
+def most_stages(block_m: int, num_k: int) -> int:
+    """The deepest ring that fits the up kernel, at most MAX_STAGES; 0 if none does."""
+    return next((n for n in range(MAX_STAGES, 1, -1) if up_smem_bytes(block_m, num_k, n) <= SMEM_BYTES), 0)
+
+
+def num_h_rows(num_choices: int, num_experts: int) -> int:
+    """Rows of h: each expert's begin at a multiple of 8, and the last block of 64 may be read whole."""
+    return -(-num_choices // 8) * 8 + 8 * num_experts + 64
+
+
+def job_capacity(num_choices: int, num_experts: int) -> int:
+    """No routing of so many choices makes more jobs of the down phase."""
+    return min(num_choices, num_experts + num_choices // JOB_ROWS)
+
+
+def is_wide(shape: MoEShape) -> bool:
+    """Whether the down phase is a grouped product like the up phase."""
+    return shape.intermediate_size // GROUP_SIZE > MOST_SLAB_CHUNKS
+
+
+def _grouped_defines(shape: MoEShape, config: Config, deterministic: bool) -> dict[str, int]:
+    block_m = config.integer("max_rows") // CLUSTER_SIZE
+    return {
+        "HIDDEN_SIZE": shape.hidden_size,
+        "NUM_CHUNKS": shape.intermediate_size // GROUP_SIZE,
+        "BLOCK_M": block_m,
+        "MOST_SWAPPED_ROWS": min(block_m, config.integer("most_swapped_rows")),
+        "DETERMINISTIC": int(deterministic),
+    }
+
+
+def _compile_up(shape: MoEShape, config: Config, deterministic: bool) -> tuple[Cubin, int]:
+    block_m, num_k = config.integer("max_rows") // CLUSTER_SIZE, shape.hidden_size // GROUP_SIZE
+    num_stages = most_stages(block_m, num_k)
+    num_bytes = up_smem_bytes(block_m, num_k, num_stages)
+    sizes = {"NUM_STAGES": num_stages, "SMEM_BYTES": num_bytes, "PARAMS_BYTES": ctypes.sizeof(_UpParams)}
+    return compile_kernel(UP, _grouped_defines(shape, config, deterministic) | sizes), num_bytes
+
+
+def _compile_down(shape: MoEShape, config: Config, deterministic: bool) -> tuple[Cubin, int]:
+    num_chunks = shape.intermediate_size // GROUP_SIZE
+    if is_wide(shape):
+        block_m = config.integer("max_rows") // CLUSTER_SIZE
+        num_stages = most_stages(block_m, num_chunks)
+        num_bytes = grouped_smem_bytes(block_m, num_chunks, num_stages, epilogue=0)
+        sizes = {"NUM_STAGES": num_stages, "SMEM_BYTES": num_bytes, "PARAMS_BYTES": ctypes.sizeof(_DownWideParams)}
+        return compile_kernel(DOWN_WIDE, _grouped_defines(shape, config, deterministic) | sizes), num_bytes
+    num_bytes = down_smem_bytes(num_chunks)
+    defines = {
+        "HIDDEN_SIZE": shape.hidden_size,
+        "NUM_CHUNKS": num_chunks,
+        "NUM_WARPGROUPS": config.integer("num_warpgroups"),
+        "BLOCK_N": config.integer("block_n"),
+        "DETERMINISTIC": int(deterministic),
+        "SMEM_BYTES": num_bytes,
+        "PARAMS_BYTES": ctypes.sizeof(_DownParams),
+    }
+    return compile_kernel(DOWN, defines), num_bytes
+
+
+@dataclass
+class Prepared:
+    """A layer's weights, described to the kernels, and the kernels loaded so far."""
+
+    weights: MoEWeights
+    up_params: _UpParams
+    down_params: _DownParams | _DownWideParams
+    deterministic: bool
+    kernels: dict[Config, tuple[Kernel, Kernel]] = field(default_factory=dict)
+
+    def pair(self, config: Config) -> tuple[Kernel, Kernel]:
+        """The kernels of `config`, compiled and loaded on first use, which must come before a graph is captured."""
+        pair = self.kernels.get(config)
+        if pair is None:
+            shape, device = self.weights.shape, self.weights.device
+            up, up_bytes = _compile_up(shape, config, self.deterministic)
+            down, down_bytes = _compile_down(shape, config, self.deterministic)
+            if is_wide(shape):
+                down_kernel = load(down, GROUPED_THREADS, CLUSTER_SIZE, down_bytes, device)
+            else:
+                down_kernel = load(down, 128 * (config.integer("num_warpgroups") + 1), 1, down_bytes, device)
+            pair = load(up, GROUPED_THREADS, CLUSTER_SIZE, up_bytes, device), down_kernel
+            self.kernels[config] = pair
+        return pair
+
+
+class Workspace:
+    """What the kernels of one call hand each other."""
+
+    def __init__(
+        self, shape: MoEShape, num_tokens: int, max_rows: int, num_clusters: int, device: torch.device
+    ) -> None:
+        num_choices, num_chunks = num_tokens * shape.top_k, shape.intermediate_size // GROUP_SIZE
+        self.num_h_rows = num_h_rows(num_choices, shape.num_experts)
+        sizes = {
+            "ticket_counter": 16,
+            "up_written": FLAG_BYTES,
+            "down_written": FLAG_BYTES,
+            "part_sums": num_clusters * max_rows * 1024,
+            "jobs": 16 * (1 + job_capacity(num_choices, shape.num_experts)),
+            "h": self.num_h_rows * shape.intermediate_size,
+            "h_scale": self.num_h_rows * num_chunks * 4,
+            "destination": self.num_h_rows * 4,
+        }
+        whole = torch.empty(sum(sizes.values()), dtype=torch.uint8, device=device)
+        self.parts = dict(zip(sizes, whole.split(list(sizes.values())), strict=True))
+        self.zeroed = whole[: 16 + 2 * FLAG_BYTES]
+        """The parts that are zero before the first kernel."""
+
+
+@register
+class SM90Prefill(Variant):
+    """See the heads of sm90_prefill_up.cu and sm90_prefill_down.cu."""
+
+    name: ClassVar[str] = "cuda.sm90_prefill"
+    backend: ClassVar[Backend] = "cuda"
+
+    def supports(self, shape: MoEShape, device: torch.device) -> Support:
+        if device.type != "cuda":
+            return Support.no("needs a GPU of compute capability 9.0; without one it is compiled only")
+        if torch.cuda.get_device_capability(device) != (9, 0):
+            return Support.no(f"needs compute capability 9.0, got {torch.cuda.get_device_capability(device)}")
+        return self.supports_shape(shape)
+
+    def supports_shape(self, shape: MoEShape) -> Support:
+        """supports(), the device left aside."""
+        if reason := shape.unserved(*activation_form.SERVED):
+            return Support.no(reason)
+        if shape.hidden_size % GROUP_SIZE or shape.hidden_size > MAX_HIDDEN_SIZE:
+            return Support.no(
+                f"hidden_size must be a multiple of {GROUP_SIZE} up to {MAX_HIDDEN_SIZE}, got {shape.hidden_size}"
+            )
+        if shape.intermediate_size % GROUP_SIZE:
+            return Support.no(f"intermediate_size must be a multiple of {GROUP_SIZE}, got {shape.intermediate_size}")
+        if shape.num_experts > sm90_prologue.MAX_EXPERTS:
+            return Support.no(f"at most {sm90_prologue.MAX_EXPERTS} experts, got {shape.num_experts}")
+        return Support.yes()
+
+    def configs(self, shape: MoEShape, num_tokens: int) -> Iterable[Config]:
+        """The default, then its neighbours. Of two chunks three warpgroups would spill, and so would tiles of 256."""
+        downs: list[dict[str, int]] = [{}]
+        if not is_wide(shape):
+            downs = [{"num_warpgroups": 2, "block_n": 128}]
+            if shape.intermediate_size == GROUP_SIZE:
+                downs.insert(0, {"num_warpgroups": 3, "block_n": 64})
+        for down in downs:
+            for max_rows in (192, 128):
+                yield Config(max_rows=max_rows, most_swapped_rows=96, **down)
+
+    def prepare(self, weights: MoEWeights) -> Prepared:
+        shape = weights.shape
+        experts, hidden, intermediate = shape.num_experts, shape.hidden_size, shape.intermediate_size
+        w13 = tma.encode(weights.w13, (hidden, experts * 2 * intermediate), (hidden,), (128, 128))
+        up_params = _UpParams(
+            w13=(ctypes.c_uint8 * len(w13)).from_buffer_copy(w13),
+            w13_scale=pointer(weights.w13_scale),
+            form=activation_form.activation_form(shape),
+            top_k=shape.top_k,
+            num_experts=experts,
+        )
+        down_params: _DownParams | _DownWideParams
+        row_strides: tuple[int, ...]
+        counts: tuple[int, ...]
+        box: tuple[int, ...]
+        if is_wide(shape):
+            # Row 8 h + g of each 16 rows of a box is row 2 g + h of w2.
+            row_strides, counts, box = (2, 1, 16), (8, 2, experts * hidden // 16), (8, 2, 8)
+            down_params = _DownWideParams()
+        else:
+            # Row 8 j + 2 c + b of each 32 rows of a box is row 8 c + 2 j + b of w2.
+            row_strides, counts, box = (1, 8, 2, 32), (2, 4, 4, experts * hidden // 32), (2, 4, 4, 4)
+            down_params = _DownParams()
+        strides = tuple(rows * intermediate for rows in row_strides)
+        w2 = tma.encode(weights.w2, (intermediate, *counts), strides, (128, *box))
+        down_params.w2 = (ctypes.c_uint8 * len(w2)).from_buffer_copy(w2)
+        down_params.w2_scale = pointer(weights.w2_scale)
+        for helper in (sm90_prologue, sm90_fill, sm90_combine):
+            helper.warm(weights.device)
+        return Prepared(weights, up_params, down_params, self.deterministic)
+
+    def align(self, prepared: Prepared, inputs: MoEInputs, config: Config) -> MoEInputs:
+        if inputs.num_tokens == 0:
+            return inputs.quantise()
+        num_experts, topk_ids = prepared.weights.shape.num_experts, inputs.topk_ids
+        tiled = sm90_prologue.empty_tiles(topk_ids.numel(), num_experts, config.integer("max_rows"), topk_ids.device)
+        sm90_prologue.launch(topk_ids=topk_ids, num_experts=num_experts, aligned=tiled)
+        return dataclasses.replace(inputs.quantise(), aligned=tiled)
+
+    def run(self, prepared: Prepared, inputs: MoEInputs, out: torch.Tensor, config: Config) -> None:
+        if inputs.num_tokens == 0:
+            return
+        shape, max_rows = prepared.weights.shape, config.integer("max_rows")
+        up_kernel, down_kernel = prepared.pair(config)
+        num_clusters = min(up_kernel.max_clusters, MAX_CLUSTERS)
+        workspace = Workspace(shape, inputs.num_tokens, max_rows, num_clusters, out.device)
+        up = _UpParams.from_buffer_copy(prepared.up_params)
+        tiled = inputs.aligned
+        if isinstance(tiled, TiledRouting) and tiled.max_rows == max_rows and inputs.x_q is not None:
+            x_q, x_scale = inputs.x_q, inputs.x_scale
+            sm90_fill.launch(zeros=workspace.zeroed, ones=workspace.zeroed[:0])
+        else:
+            tiled, x_q, x_scale = self._prologue(prepared, inputs, workspace, max_rows)
+        target = out
+        if self.deterministic:
+            target = torch.empty(inputs.topk_ids.numel(), shape.hidden_size, dtype=out.dtype, device=out.device)
+        else:
+            up.out, up.num_out_bytes = pointer(out), out.nbytes
+        up.x_q, up.x_scale = pointer(x_q), pointer(x_scale)
+        up.sorted_choices, up.tiles = pointer(tiled.sorted_choices), pointer(tiled.tiles)
+        up.topk_weights, up.routed_scaling_factor = pointer(inputs.topk_weights), inputs.routed_scaling_factor
+        up.part_written = pointer(workspace.parts["up_written"])
+        down = type(prepared.down_params).from_buffer_copy(prepared.down_params)
+        down.out = pointer(target)
+        for params in (up, down):
+            params.num_h_rows = workspace.num_h_rows
+            for name in ("h", "h_scale", "destination"):
+                setattr(params, name, pointer(workspace.parts[name]))
+        up.jobs, up.part_sums = pointer(workspace.parts["jobs"]), pointer(workspace.parts["part_sums"])
+        if isinstance(down, _DownWideParams):
+            down.tiles, down.part_sums = up.tiles, up.part_sums
+            down.part_written = pointer(workspace.parts["down_written"])
+            num_down_ctas = min(down_kernel.max_clusters, num_clusters) * CLUSTER_SIZE
+        else:
+            down.jobs, down.ticket_counter = up.jobs, pointer(workspace.parts["ticket_counter"])
+            num_down_ctas = down_kernel.max_clusters
+        up_kernel.launch(up, num_clusters * CLUSTER_SIZE, overlap_previous=True)
+        down_kernel.launch(down, num_down_ctas, overlap_previous=True)
+        if self.deterministic:
+            sm90_combine.launch(target, inputs.topk_ids, shape.num_experts, out)
+
+    def _prologue(
+        self, prepared: Prepared, inputs: MoEInputs, workspace: Workspace, max_rows: int
+    ) -> tuple[TiledRouting, torch.Tensor, torch.Tensor]:
+        """One launch for whatever is missing: tile the routing, quantise x, zero the workspace's flags."""
+        shape, topk_ids = prepared.weights.shape, inputs.topk_ids
+        tiled = sm90_prologue.empty_tiles(topk_ids.numel(), shape.num_experts, max_rows, topk_ids.device)
+        x, x_q, x_scale = None, inputs.x_q, inputs.x_scale
+        if x_q is None or x_scale is None:
+            x = inputs.tokens
+            x_q, x_scale = sm90_prologue.empty_quantised(x)
+        sm90_prologue.launch(
+            out=workspace.zeroed,
+            x=x,
+            quantised=(x_q, x_scale),
+            topk_ids=topk_ids,
+            num_experts=shape.num_experts,
+            aligned=tiled,
+            power_of_two_scales=activation_form.power_of_two_scales(shape),
+        )
+        return tiled, x_q, x_scale
+
+    def sources(self) -> tuple[Path, ...]:
+        folder = Path(__file__).parent
+        kernels = (UP, DOWN, DOWN_WIDE, sm90_prologue.KERNEL, sm90_fill.KERNEL, sm90_combine.KERNEL)
+        modules = ("sm90_prefill", *kernels[3:], "activation_form", "launch", "compile", "tma")
+        files = {path for kernel in kernels for path in cuda_compile.sources(kernel)}
+        return (*(folder / f"{name}.py" for name in modules), *sorted(files))
+
+    def compile(self, shape: MoEShape, configs: Iterable[Config]) -> list[CompileReport]:
+        others = (sm90_prologue.compiled(), sm90_fill.compiled(), sm90_combine.compiled())
+        reports = [cubin.report(Config(), 0) for cubin in others]
+        for config in configs:
+            for compile_one in (_compile_up, _compile_down):
+                cubin, num_bytes = compile_one(shape, config, self.deterministic)
+                reports.append(cubin.report(config, num_bytes))
+        return reports
+
+
+@register
+class SM90PrefillDeterministic(SM90Prefill):
+    """The same bits every time, and for a token whatever else is in the batch: no item's K is split, and a last launch
+    adds up each token's rows in the order of its choices."""
+
+    name: ClassVar[str] = "cuda.sm90_prefill_deterministic"
+    deterministic: ClassVar[bool] = True

@@ -1,0 +1,193 @@
+"""python scratch_prefill.py [check] [time[=alias,alias:M,M]] [det] [layer] [--compile]   (default: check time)
+
+check   against the reference on small shapes;  time  up, down and total by graph difference, cold L2, for each option
+"""
+
+import dataclasses
+import statistics
+import sys
+import time
+
+import torch
+
+from kernels_cuda import sm90_prefill as sp
+from workbench.models import shape_of_alias
+from workbench.problem import MoEShape, RoutingLaw, Workload
+from workbench.variant import Config
+
+SHAPES = (
+    MoEShape(8, 256, 128, 2),
+    MoEShape(17, 512, 256, 5, 1),
+    MoEShape(33, 7168, 128, 9, 1),
+    MoEShape(16, 640, 512, 4),
+    MoEShape(8, 1152, 2048, 2),
+)
+CALLS, SAMPLES = 8, 10
+PEERS = {
+    "dsv3_tp16": {1024: 271, 2048: 364, 4096: 592, 8192: 1053},
+    "dsv3_tp8": {1024: 502, 2048: 620, 4096: 1007, 8192: 1801},
+    "qwen3next_tp4": {1024: 121, 2048: 171, 4096: 246, 8192: 409},
+}
+
+
+def options(shape, quick=False):
+    downs = [{}] if sp.is_wide(shape) else [{"num_warpgroups": 3, "block_n": 64}, {"num_warpgroups": 2, "block_n": 128}]
+    heights = [(192, 96), (128, 96)] if sp.is_wide(shape) else [(192, 96), (256, 96), (256, 128), (128, 96)]
+    pairs = [(h, downs[0]) for h in heights] + [(heights[0], d) for d in downs[1:]]
+    for (rows, swapped), down in pairs:
+        yield Config(max_rows=rows, most_swapped_rows=swapped, **down)
+
+
+def precompile():
+    for shape in (*SHAPES, *(shape_of_alias(a) for a in PEERS)):
+        for config in options(shape):
+            for deterministic in (False, True):
+                sp._compile_up(shape, config, deterministic), sp._compile_down(shape, config, deterministic)
+    for other in (sp.sm90_prologue, sp.sm90_fill, sp.sm90_combine):
+        other.compiled()
+
+
+def relative(out, reference):
+    return ((out.float() - reference.float()).norm() / reference.float().norm().clamp(min=1e-30)).item()
+
+
+def check(device, laws=("uniform", "zipf:1.2", "one-expert"), tokens=(1, 3, 9, 129, 1000, 4096)):
+    from workbench.generate import make_inputs, make_weights
+    from workbench.verify import expected_output
+
+    bad, start = 0, time.time()
+    for shape in SHAPES:
+        weights, worst = make_weights(shape, seed=0, device=device), {}
+        for variant in (sp.SM90Prefill(), sp.SM90PrefillDeterministic()):
+            prepared = variant.prepare(weights)
+            for law in laws:
+                for m in tokens:
+                    if m == 4096 and shape.hidden_size == 7168 and law != "uniform":
+                        continue
+                    for dropped in (0.0, 0.4):
+                        workload = Workload(shape, m, RoutingLaw.parse(law), seed=1, input_kind="fp8", dropped=dropped)
+                        inputs = make_inputs(workload, device)
+                        reference = expected_output(weights, inputs)
+                        for config in options(shape):
+                            for batch in (inputs, variant.align(prepared, inputs, config)):
+                                out = torch.full_like(reference, float("nan"), dtype=torch.bfloat16)
+                                variant.run(prepared, batch, out, config)
+                                try:
+                                    torch.cuda.synchronize()
+                                except Exception as error:
+                                    sys.exit(
+                                        f"CRASH {variant.name} {shape} {law} M={m} dropped={dropped} {config}: {error}"
+                                    )
+                                empty = reference.abs().max().item() == 0
+                                error = out.float().abs().max().item() if empty else relative(out, reference)
+                                key = variant.name[-13:], config["max_rows"], config["most_swapped_rows"]
+                                worst[key] = max(worst.get(key, 0.0), error if error == error else 9.0)
+                                if not error < 0.03:
+                                    bad += 1
+                                    if bad < 20:
+                                        print(
+                                            "BAD", variant.name, shape, law, m, dropped, config, batch is inputs, error
+                                        )
+                        if variant.deterministic and m > 3:
+                            first, second = torch.empty_like(out), torch.empty_like(out)
+                            config = next(iter(options(shape)))
+                            variant.run(prepared, inputs, first, config)
+                            half = dataclasses.replace(
+                                inputs,
+                                topk_ids=inputs.topk_ids[: m // 2].contiguous(),
+                                topk_weights=inputs.topk_weights[: m // 2].contiguous(),
+                                x_q=inputs.x_q[: m // 2].contiguous(),
+                                x_scale=inputs.x_scale[: m // 2].contiguous(),
+                            )
+                            variant.run(prepared, half, second[: m // 2], config)
+                            if not torch.equal(first[: m // 2], second[: m // 2]):
+                                bad += 1
+                                print("BAD: bits differ", shape, law, m, dropped)
+        print(shape, {str(k): round(v, 4) for k, v in worst.items()}, f"{time.time() - start:.0f} s", flush=True)
+    print("check:", "FAILED" if bad else "ok", bad)
+    return bad
+
+
+def graph_difference(call, device):
+    memory = torch.zeros(96 << 20, dtype=torch.int32, device=device)
+
+    def captured(body):
+        body(0)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for i in range(CALLS):
+                body(i)
+        graph.replay()
+        return graph
+
+    with_calls, without = captured(lambda i: (memory.sum(), call(i))), captured(lambda i: memory.sum())
+    samples = []
+    for _ in range(SAMPLES):
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+        marks[0].record()
+        with_calls.replay()
+        marks[1].record()
+        without.replay()
+        marks[2].record()
+        marks[2].synchronize()
+        samples.append(marks[0].elapsed_time(marks[1]) - marks[1].elapsed_time(marks[2]))
+    return statistics.median(samples) * 1e3 / CALLS
+
+
+def times(device, aliases, tokens, flags):
+    from workbench.generate import make_inputs, make_weights
+    from workbench.verify import expected_output
+
+    variant = sp.SM90PrefillDeterministic() if "det" in flags else sp.SM90Prefill()
+    for alias in aliases:
+        shape = shape_of_alias(alias)
+        weights = make_weights(shape, seed=0, device=device)
+        prepared = variant.prepare(weights)
+        for m in tokens:
+            kind = "bf16" if "layer" in flags else "fp8"
+            batches = [make_inputs(Workload(shape, m, seed=s, input_kind=kind), device) for s in range(4)]
+            reference = expected_output(weights, batches[0])
+            out = torch.empty(m, shape.hidden_size, dtype=torch.bfloat16, device=device)
+            for config in options(shape):
+                aligned = batches if "layer" in flags else [variant.align(prepared, b, config) for b in batches]
+                variant.run(prepared, aligned[0], out, config)
+                error = relative(out, reference)
+                total = graph_difference(lambda i: variant.run(prepared, aligned[i % 4], out, config), device)
+                up_kernel, down_kernel = prepared.pair(config)
+
+                class Skip:
+                    max_clusters = down_kernel.max_clusters
+                    launch = staticmethod(lambda *_, **__: None)
+
+                prepared.kernels[config] = up_kernel, Skip
+                up = graph_difference(lambda i: variant.run(prepared, aligned[i % 4], out, config), device)
+                prepared.kernels[config] = up_kernel, down_kernel
+                peer = PEERS[alias].get(m, 0)
+                print(
+                    f"{alias} M={m} {config}: fill+up {up:.1f} down {total - up:.1f} total {total:.1f} us"
+                    f"  peer/ours {peer / total:.2f}  error {error:.4f}",
+                    flush=True,
+                )
+        del weights, prepared
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:] or ["check", "time"]
+    if "--compile" in arguments:
+        precompile()
+        sys.exit()
+    device = torch.device("cuda", 0)
+    if "check" in arguments and check(device):
+        sys.exit(1)
+    for argument in arguments:
+        if argument.startswith("time"):
+            names, _, numbers = argument.removeprefix("time").removeprefix("=").partition(":")
+            aliases = names.split(",") if names else list(PEERS)
+            times(
+                device,
+                aliases,
+                [int(v) for v in numbers.split(",")] if numbers else [1024, 2048, 4096, 8192],
+                arguments,
+            )
