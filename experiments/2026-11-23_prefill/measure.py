@@ -1,7 +1,12 @@
-"""python scratch_prefill.py [check] [time[=alias,alias:M,M]] [det] [layer] [--compile]   (default: check time)
+"""Checks and times cuda.sm90_prefill on a GPU:
 
-check   against the reference on small shapes;  time  up, down and total by graph difference, cold L2, for each option
+    python experiments/2026-11-23_prefill/measure.py [check] [time[=alias,alias:M,M]] [det] [layer] [--compile]
+
+check   against the reference on small shapes
+time    up, down and total by graph difference, cold L2, for each option (the default: check and time)
 """
+
+# ruff: noqa: B023  (what is captured is timed before the loop goes on)
 
 import dataclasses
 import statistics
