@@ -174,7 +174,6 @@ def times(device, aliases, tokens, flags):
                     f"  peer/ours {peer / total:.2f}  error {error:.4f}",
                     flush=True,
                 )
-        del weights, prepared
         torch.cuda.empty_cache()
 
 
