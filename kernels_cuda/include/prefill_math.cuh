@@ -16,7 +16,7 @@
 constexpr uint32_t kMostSwappedRows = MOST_SWAPPED_ROWS;
 constexpr uint32_t kMostPipelinedRows = 96;  // registers for two partial sums
 constexpr uint32_t kWarpgroupBytes = 64 * kTileK;
-constexpr uint32_t kPartVectors = kBlockM / 2;  // float4 that a thread leaves of its sums
+constexpr uint32_t kPartVectors = kBlockM / 4;  // float4 that a thread leaves of its sums
 
 static_assert(kMostSwappedRows >= kBlockM || kBlockM == 128, "two warpgroups of 64 rows");
 
