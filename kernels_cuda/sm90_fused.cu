@@ -234,7 +234,7 @@ struct Math {
     // Each lane arrives for itself. One lane for the warp, after __syncwarp(), would be right too and 0.5 % faster at
     // M=1024, but racecheck does not follow the order through __syncwarp().
     __device__ __forceinline__ void release_stage() {
-        mbarrier::arrive(shared.empty[ring.stage]);
+        mbarrier::arrive_warp(shared.empty[ring.stage]);
         ring.advance();
     }
 
@@ -423,7 +423,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) sm90_fused(const __
         prefetch_tensor_map(p.w2);
         for (uint32_t stage = 0; stage < kNumStages; ++stage) {
             mbarrier::init(shared.full[stage], 1 + kNumGatherThreads);
-            mbarrier::init(shared.empty[stage], kNumMathThreads);
+            mbarrier::init(shared.empty[stage], kNumMathWarps * mbarrier::kArrivalsPerWarp);
         }
         mbarrier::init(shared.exchange_full, 1);
         mbarrier::init(shared.exchange_empty, kNumPeers > 0 ? kNumPeers * kNumMathWarps : 1);

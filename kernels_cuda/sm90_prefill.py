@@ -98,8 +98,8 @@ class _DownWideParams(ctypes.Structure):
 def grouped_smem_bytes(block_m: int, num_k: int, num_stages: int, epilogue: int) -> int:
     """Size of a grouped product's SharedStorage with so many bytes for its epilogue, from above."""
     stage = 2 * 128 * 128 + block_m * (128 + 2 * 4) + 16  # weights, rows and scales, two barriers
-    ring = num_stages * stage + 2048 + 128 + (num_stages + 2) * 24 + 2 * block_m * 4
-    tables = 4 * num_k * 4 + (MAX_CLUSTERS + 1) * 4 + 128
+    ring = num_stages * stage + 2 * 2048 + 128 + (num_stages + 2) * 24 + 2 * block_m * 4
+    tables = 4 * num_k * 4 + (3 * MAX_CLUSTERS + 2) * 4 + 128
     return -(-ring // 1024) * 1024 + -(-(tables + epilogue) // 1024) * 1024
 
 
@@ -135,12 +135,10 @@ def is_wide(shape: MoEShape) -> bool:
 
 
 def _grouped_defines(shape: MoEShape, config: Config, deterministic: bool) -> dict[str, int]:
-    block_m = config.integer("max_rows") // CLUSTER_SIZE
     return {
         "HIDDEN_SIZE": shape.hidden_size,
         "NUM_CHUNKS": shape.intermediate_size // GROUP_SIZE,
-        "BLOCK_M": block_m,
-        "MOST_SWAPPED_ROWS": min(block_m, config.integer("most_swapped_rows")),
+        "BLOCK_M": config.integer("max_rows") // CLUSTER_SIZE,
         "DETERMINISTIC": int(deterministic),
     }
 
@@ -253,7 +251,7 @@ class SM90Prefill(Variant):
         return Support.yes()
 
     def configs(self, shape: MoEShape, num_tokens: int) -> Iterable[Config]:
-        """The default, then its neighbours. Of two chunks three warpgroups would spill, and so would tiles of 256."""
+        """The default, then its neighbours. Of two chunks three warpgroups would spill."""
         downs: list[dict[str, int]] = [{}]
         if not is_wide(shape):
             downs = [{"num_warpgroups": 2, "block_n": 128}]
@@ -261,7 +259,7 @@ class SM90Prefill(Variant):
                 downs.insert(0, {"num_warpgroups": 3, "block_n": 64})
         for down in downs:
             for max_rows in (192, 128):
-                yield Config(max_rows=max_rows, most_swapped_rows=96, **down)
+                yield Config(max_rows=max_rows, **down)
 
     def prepare(self, weights: MoEWeights) -> Prepared:
         shape = weights.shape

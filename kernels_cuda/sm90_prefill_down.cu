@@ -284,7 +284,7 @@ struct Math {
             if (step + 1 < kStepsPerQuarter) {
                 multiply(sums, index, slot, step + 1);
             } else {
-                if (last) mbarrier::arrive(shared.weights_empty[slot % kNumSlots]);
+                if (last) mbarrier::arrive_warp(shared.weights_empty[slot % kNumSlots]);
                 if (quarter + 1 < kQuarters) {
                     wait_weights(slot + 1);
                     multiply(sums, index, slot + 1, 0);
@@ -321,10 +321,10 @@ struct Math {
             } else if (block.last) {
                 for (uint32_t slot = block.first_slot; slot < block.first_slot + kQuarters; ++slot) {
                     wait_weights(slot);
-                    mbarrier::arrive(shared.weights_empty[slot % kNumSlots]);
+                    mbarrier::arrive_warp(shared.weights_empty[slot % kNumSlots]);
                 }
             }
-            mbarrier::arrive(shared.block_empty[index]);
+            mbarrier::arrive_warp(shared.block_empty[index]);
         }
     }
 };
@@ -337,11 +337,11 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) sm90_prefill_down(c
         prefetch_tensor_map(p.w2);
         for (uint32_t slot = 0; slot < kNumSlots; ++slot) {
             mbarrier::init(shared.weights_full[slot], 1);
-            mbarrier::init(shared.weights_empty[slot], kNumMathThreads);
+            mbarrier::init(shared.weights_empty[slot], kNumWarpgroups * 4 * mbarrier::kArrivalsPerWarp);
         }
         for (uint32_t block = 0; block < kNumBlocks; ++block) {
             mbarrier::init(shared.block_full[block], 1);
-            mbarrier::init(shared.block_empty[block], 128);
+            mbarrier::init(shared.block_empty[block], 4 * mbarrier::kArrivalsPerWarp);
         }
         mbarrier::fence_init();
     }

@@ -5,9 +5,9 @@
 // columns of `out`. Items go by slabs of 512 columns: all tiles add to one slab, which stays in L2, before the next.
 // sm90_prefill_down.cu keeps the weights of a slab in shared memory instead, where they fit.
 //
-// Set by the compiler's command line: HIDDEN_SIZE, NUM_CHUNKS (intermediate size / 128), BLOCK_M (64, 96),
-// NUM_STAGES, MOST_SWAPPED_ROWS (BLOCK_M), DETERMINISTIC (items are never split, a row for each choice is stored instead of added
-// to `out`), and what the launcher passes: SMEM_BYTES of shared memory and PARAMS_BYTES of parameters.
+// Set by the compiler's command line: HIDDEN_SIZE, NUM_CHUNKS (intermediate size / 128), BLOCK_M (64, 96), NUM_STAGES,
+// DETERMINISTIC (items are never split, a row for each choice is stored instead of added to `out`), and what the launcher
+// passes: SMEM_BYTES of shared memory and PARAMS_BYTES of parameters.
 #include "numeric.cuh"
 #include "prefill_math.cuh"
 #include "registers.cuh"
@@ -37,7 +37,6 @@ struct Params {
     uint32_t num_h_rows;
     uint8_t padding[60];  // alignment
 };
-static_assert(kBlockM == kMostSwappedRows, "weight rows are the M of wgmma");
 static_assert(sizeof(Params) == PARAMS_BYTES, "the launcher's struct differs");
 
 struct SharedStorage {
@@ -67,12 +66,10 @@ struct Operands {
     __device__ __forceinline__ uint32_t source_row(const Tile& tile, uint32_t row) const {
         return first_h_row(tile.expert, tile.first_row) + row;
     }
-    __device__ __forceinline__ uint32_t row_offset(uint32_t row, uint32_t piece) const {
-        return row * kGroupSize + (piece ^ row % 8) * 16;
+    __device__ __forceinline__ const uint8_t* row_piece(uint32_t row, uint32_t piece, uint32_t k) const {
+        return p.h + k * k_stride() + static_cast<uint64_t>(row) * kGroupSize + (piece ^ row % 8) * 16;
     }
-    __device__ __forceinline__ const uint8_t* k_base(uint32_t k) const {
-        return p.h + static_cast<uint64_t>(k) * p.num_h_rows * kGroupSize;
-    }
+    __device__ __forceinline__ uint64_t k_stride() const { return static_cast<uint64_t>(p.num_h_rows) * kGroupSize; }
     __device__ __forceinline__ const float* row_scale(uint32_t row) const {
         return p.h_scale + static_cast<uint64_t>(row) * kNumK;
     }
@@ -111,8 +108,12 @@ struct Addition {
     }
 
     // A lane has two adjacent columns of four rows. Four lanes swap, and each has 8 columns of one.
+    struct Nothing {};
+    __device__ __forceinline__ Nothing ahead(const PieceOfTile&) const { return {}; }
+
     template <uint32_t kRows>
-    __device__ __forceinline__ void swapped(const PieceOfTile& piece, float (&first)[kRows / 2], float (&second)[kRows / 2]) {
+    __device__ __forceinline__ void finish(const PieceOfTile& piece, Nothing, float (&first)[kRows / 2],
+                                           float (&second)[kRows / 2]) {
         const uint32_t thread = registers::thread_index(), lane = thread % 32;
         const bool odd = lane & 4, upper = lane & 8;
         const uint32_t column = thread / 32 * 16 + lane / 16 * 8;

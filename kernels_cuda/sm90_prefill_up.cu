@@ -9,8 +9,7 @@
 // of a row swizzled by its number. Beside it this kernel does what the down phase needs and nothing else would: it zeroes
 // `out`, and folds each row's weight into its scales. Its first CTA lists the jobs of the down phase.
 //
-// Set by the compiler's command line: HIDDEN_SIZE, NUM_CHUNKS (intermediate size / 128), BLOCK_M (64, 96, 128),
-// MOST_SWAPPED_ROWS, NUM_STAGES, DETERMINISTIC (items are never split), and what the launcher passes: SMEM_BYTES of shared
+// Set by the compiler's command line: HIDDEN_SIZE, NUM_CHUNKS (intermediate size / 128), BLOCK_M (64, 96), NUM_STAGES, DETERMINISTIC (items are never split), and what the launcher passes: SMEM_BYTES of shared
 // memory and PARAMS_BYTES of parameters.
 #include "activation.cuh"
 #include "prefill_jobs.cuh"
@@ -78,10 +77,10 @@ struct Operands {
     __device__ __forceinline__ uint32_t source_row(const Tile& tile, uint32_t row) const {
         return p.sorted_choices[tile.first_row + row] / p.top_k;
     }
-    __device__ __forceinline__ uint32_t row_offset(uint32_t row, uint32_t piece) const {
-        return row * kHiddenSize + piece * 16;  // x_q has fewer than 2^32 bytes
+    __device__ __forceinline__ const uint8_t* row_piece(uint32_t row, uint32_t piece, uint32_t k) const {
+        return p.x_q + static_cast<uint64_t>(row) * kHiddenSize + k * kTileK + piece * 16;
     }
-    __device__ __forceinline__ const uint8_t* k_base(uint32_t k) const { return p.x_q + k * kTileK; }
+    __device__ __forceinline__ static uint32_t k_stride() { return kTileK; }
     __device__ __forceinline__ const float* row_scale(uint32_t row) const { return p.x_scale + row * kNumK; }
     __device__ __forceinline__ const float* weight_scale(uint32_t expert, uint32_t chunk, uint32_t half) const {
         return p.w13_scale + static_cast<uint64_t>((expert * 2 + half) * kNumChunks + chunk) * kNumK;
@@ -98,24 +97,17 @@ struct Activation {
     const Params& p;
     ActivationStorage& shared;
 
-    // What thread `row` knows of that row of this CTA.
-    struct Row {
-        uint32_t index;  // of h; kNone: there is no such row
-        float weight;
-    };
     static constexpr uint32_t kNone = ~0u;
 
-    __device__ __forceinline__ Row own_row(const PieceOfTile& piece) const {
+    // Thread `row` has that row of this CTA's part of the tile: its choice, kNone if there is no such row.
+    __device__ __forceinline__ uint32_t ahead(const PieceOfTile& piece) const {
         const uint32_t thread = registers::thread_index();
         const uint32_t rows = rows_per_cta(piece.num_rows), row = cluster::cta_rank() * rows + thread;
-        if (thread >= rows || row >= piece.num_rows) return {kNone, 0.f};
-        const uint32_t choice = p.sorted_choices[piece.first_row + row], index = piece.first_h_row + row;
-        if (piece.column == 0) p.destination[index] = kDeterministic ? choice : choice / p.top_k;
-        return {index, p.topk_weights[choice] * p.routed_scaling_factor};
+        return thread < rows && row < piece.num_rows ? p.sorted_choices[piece.first_row + row] : kNone;
     }
 
-    __device__ __forceinline__ void store_scale(const Row& own, const PieceOfTile& piece, float scale) const {
-        if (own.index != kNone) p.h_scale[static_cast<uint64_t>(own.index) * kNumChunks + piece.column] = scale * own.weight;
+    __device__ __forceinline__ static uint32_t own_h_row(const PieceOfTile& piece) {
+        return piece.first_h_row + cluster::cta_rank() * rows_per_cta(piece.num_rows) + registers::thread_index();
     }
 
     __device__ __forceinline__ void store_staged(const PieceOfTile& piece) const {
@@ -131,8 +123,9 @@ struct Activation {
     }
 
     template <uint32_t kRows>
-    __device__ __forceinline__ void swapped(const PieceOfTile& piece, float (&gate)[kRows / 2], float (&up)[kRows / 2]) {
-        const Row own = own_row(piece);
+    __device__ __forceinline__ void finish(const PieceOfTile& piece, uint32_t choice, float (&gate)[kRows / 2],
+                                           float (&up)[kRows / 2]) {
+        const float weight = choice == kNone ? 0.f : p.topk_weights[choice] * p.routed_scaling_factor;
         const uint32_t thread = registers::thread_index(), warp = thread / 32, lane = thread % 32;
 #pragma unroll
         for (uint32_t j = 0; j < kRows / 8; ++j) {
@@ -154,7 +147,11 @@ struct Activation {
             for (uint32_t w = 0; w < kNumMathWarps; ++w) amax = fmaxf(amax, shared.amax[w][thread]);
             const float scale = p.form.scale(amax);
             shared.row_factor[thread] = 1.f / scale;
-            store_scale(own, piece, scale);
+            if (choice != kNone) {
+                const uint32_t row = own_h_row(piece);
+                p.h_scale[static_cast<uint64_t>(row) * kNumChunks + piece.column] = scale * weight;
+                if (piece.column == 0) p.destination[row] = kDeterministic ? choice : choice / p.top_k;
+            }
         }
         named_barrier(kMathBarrier, kNumMathThreads);
         const uint32_t channel = warp * 16 + lane / 4;  // and channel + 8
@@ -170,39 +167,6 @@ struct Activation {
             }
         }
         named_barrier(kMathBarrier, kNumMathThreads);
-        store_staged(piece);
-    }
-
-    __device__ __forceinline__ void by_rows(const PieceOfTile& piece, float (&gate)[64], float (&up)[64]) {
-        const Row own = own_row(piece);
-        const uint32_t thread = registers::thread_index(), lane = thread % 32;
-        float upper = 0.f, lower = 0.f;
-#pragma unroll
-        for (uint32_t i = 0; i < 64; ++i) {
-            gate[i] = p.form.swiglu(gate[i], up[i]);
-            float& amax = i & 2 ? lower : upper;
-            amax = fmaxf(amax, fabsf(gate[i]));
-        }
-#pragma unroll
-        for (uint32_t offset = 1; offset < 4; offset *= 2) {
-            upper = fmaxf(upper, __shfl_xor_sync(~0u, upper, offset));
-            lower = fmaxf(lower, __shfl_xor_sync(~0u, lower, offset));
-        }
-        const float upper_scale = p.form.scale(upper), lower_scale = p.form.scale(lower);
-        const float upper_inverse = 1.f / upper_scale, lower_inverse = 1.f / lower_scale;
-        const uint32_t row = thread / 32 * 16 + lane / 4;  // and row + 8
-        named_barrier(kMathBarrier, kNumMathThreads);  // the rows staged last are in global memory
-        if (lane % 4 == 0) shared.row_factor[row] = upper_scale, shared.row_factor[row + 8] = lower_scale;
-#pragma unroll
-        for (uint32_t j = 0; j < 16; ++j) {
-            const uint32_t channel = 8 * j + 2 * (lane % 4);
-            *reinterpret_cast<uint16_t*>(&shared.staged[row][channel]) =
-                pack_e4m3x2(gate[4 * j] * upper_inverse, gate[4 * j + 1] * upper_inverse);
-            *reinterpret_cast<uint16_t*>(&shared.staged[row + 8][channel]) =
-                pack_e4m3x2(gate[4 * j + 2] * lower_inverse, gate[4 * j + 3] * lower_inverse);
-        }
-        named_barrier(kMathBarrier, kNumMathThreads);
-        if (thread < kBlockM) store_scale(own, piece, shared.row_factor[thread]);
         store_staged(piece);
     }
 };

@@ -61,8 +61,7 @@ struct SharedStorage {
     uint32_t next_slot[kMaxExperts];         // in sorted_choices, of this CTA's slice
     uint32_t first_slot[kMaxExperts];
     uint32_t cut[kMaxExperts];               // Cut::packed()
-    uint32_t full_tile[kMaxExperts];         // the expert's first full tile and its last one, counted among those
-    uint32_t last_tile[kMaxExperts];         // of the same height
+    uint32_t first_tile[kMaxExperts];        // of the expert, counted among those of experts with tiles as high
     uint32_t tiles_of_height[kMaxHeights + 1];  // the index is height / kRowStep
     uint32_t warp_total[kNumWarps];
 };
@@ -140,29 +139,24 @@ __device__ __forceinline__ uint32_t experts_before(const SharedStorage& shared, 
     return before;
 }
 
-// An expert's rows, cut into `num_full` tiles of `height` rows and, unless it is 0, one of `last_rows`.
+// An expert's rows, cut into tiles of `height` rows, the last of what is left.
 struct Cut {
-    uint32_t height, num_full, last_rows;
+    uint32_t height, num_tiles;
 
-    __device__ __forceinline__ Cut(uint32_t num_rows, uint32_t max_rows)
-        : height(kRowStep), num_full(0), last_rows(num_rows) {
-        if (num_rows <= max_rows) return;
+    __device__ __forceinline__ Cut(uint32_t num_rows, uint32_t max_rows) : height(0), num_tiles(0) {
+        if (num_rows == 0) return;
         const uint32_t even = ceil_div(num_rows, ceil_div(num_rows, max_rows));
         height = ceil_div(even, kRowStep) * kRowStep;
-        num_full = num_rows / height;
-        last_rows = num_rows % height;
+        num_tiles = ceil_div(num_rows, height);
     }
-    __device__ __forceinline__ uint32_t packed() const {
-        return num_full << 12 | height / kRowStep << 6 | ceil_div(last_rows, kRowStep);
+    __device__ __forceinline__ uint32_t packed() const { return num_tiles << 6 | height / kRowStep; }
+    static __device__ __forceinline__ uint32_t tiles_as_high(uint32_t packed, uint32_t height) {
+        return packed % 64 == height ? packed >> 6 : 0u;
     }
-    static __device__ __forceinline__ uint32_t full_tiles(uint32_t packed, uint32_t height) {
-        return (packed >> 6) % 64 == height ? packed >> 12 : 0u;
-    }
-    static __device__ __forceinline__ bool ends_in(uint32_t packed, uint32_t height) { return packed % 64 == height; }
 };
 
-// For every expert the positions of its tiles among all of the same height: a warp takes one height, a lane a run of
-// experts. Heights are in units of kRowStep; the loops are over an odd number of experts, which keeps lanes on
+// For every expert the position of its tiles among those of experts with tiles as high: a warp takes one height, a lane a
+// run of experts. Heights are in units of kRowStep; the loops are over an odd number of experts, which keeps lanes on
 // different banks.
 __device__ __forceinline__ void rank_tiles(const Params& p, SharedStorage& shared) {
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -170,21 +164,16 @@ __device__ __forceinline__ void rank_tiles(const Params& p, SharedStorage& share
     const uint32_t begin = lane * run, end = min(begin + run, p.num_experts);
     for (uint32_t height = warp + 1; height <= p.max_rows / kRowStep; height += kNumWarps) {
         uint32_t num_tiles = 0;
-        for (uint32_t expert = begin; expert < end; ++expert) {
-            const uint32_t cut = shared.cut[expert];
-            num_tiles += Cut::full_tiles(cut, height) + Cut::ends_in(cut, height);
-        }
+        for (uint32_t expert = begin; expert < end; ++expert) num_tiles += Cut::tiles_as_high(shared.cut[expert], height);
         const uint32_t sum = inclusive_sum_of_warp(num_tiles);
         if (lane == 31) shared.tiles_of_height[height] = sum;
         if (num_tiles == 0) continue;
         uint32_t tile = sum - num_tiles;
         for (uint32_t expert = begin; expert < end; ++expert) {
-            const uint32_t cut = shared.cut[expert];
-            if (const uint32_t full = Cut::full_tiles(cut, height)) {
-                shared.full_tile[expert] = tile;
-                tile += full;
+            if (const uint32_t own = Cut::tiles_as_high(shared.cut[expert], height)) {
+                shared.first_tile[expert] = tile;
+                tile += own;
             }
-            if (Cut::ends_in(cut, height)) shared.last_tile[expert] = tile++;
         }
     }
 }
@@ -203,36 +192,17 @@ __device__ __forceinline__ void write_tiles(const Params& p, SharedStorage& shar
 
     const uint32_t lane_height = kMaxHeights - threadIdx.x % 32;  // lane 0 has the greatest
     const uint32_t num_tiles = lane_height <= p.max_rows / kRowStep ? shared.tiles_of_height[lane_height] : 0u;
-    const uint32_t num_padded_rows = num_tiles * lane_height * kRowStep;
     const uint32_t sum = inclusive_sum_of_warp(num_tiles);
-    const uint32_t higher_tiles = sum - num_tiles;
-    const uint32_t higher_rows = inclusive_sum_of_warp(num_padded_rows) - num_padded_rows;
-    const uint32_t lanes_with_tiles = __ballot_sync(~0u, num_tiles > 0);
-    if (blockIdx.x == 0 && threadIdx.x == 31) {
-        const uint32_t largest = lanes_with_tiles != 0 ? kMaxHeights + 1 - __ffs(lanes_with_tiles) : 0u;
-        p.tiles[0] = make_int4(sum, num_rows, largest * kRowStep, 0);
-    }
+    if (blockIdx.x == 0 && threadIdx.x == 31) p.tiles[0] = make_int4(sum, num_rows, 0, 0);
 #pragma unroll
     for (uint32_t i = 0; i < kExpertsPerThread; ++i) {
         const uint32_t expert = first_expert + i;
         const Cut cut(count[i], p.max_rows);
-        const uint32_t last_height = ceil_div(cut.last_rows, kRowStep) * kRowStep;
-        const uint32_t full_lane = kMaxHeights - cut.height / kRowStep;
-        const uint32_t last_lane = kMaxHeights - last_height / kRowStep;
-        const uint32_t before_full = __shfl_sync(~0u, higher_tiles, full_lane);
-        const uint32_t rows_before_full = __shfl_sync(~0u, higher_rows, full_lane);
-        const uint32_t before_last = __shfl_sync(~0u, higher_tiles, last_lane % 32);
-        const uint32_t rows_before_last = __shfl_sync(~0u, higher_rows, last_lane % 32);
-        uint32_t index = blockIdx.x;
-        for (; index < cut.num_full; index += p.num_routing_ctas) {
-            const uint32_t tile = shared.full_tile[expert] + index;
-            p.tiles[1 + before_full + tile] = make_int4(expert, first_slot[i] + index * cut.height, cut.height,
-                                                        rows_before_full + tile * cut.height);
-        }
-        if (index == cut.num_full && cut.last_rows > 0) {
-            const uint32_t tile = shared.last_tile[expert];
-            p.tiles[1 + before_last + tile] = make_int4(expert, first_slot[i] + index * cut.height, cut.last_rows,
-                                                        rows_before_last + tile * last_height);
+        const uint32_t before = __shfl_sync(~0u, sum - num_tiles, (kMaxHeights - cut.height / kRowStep) % 32);
+        int4* const tiles = p.tiles + 1 + before + (cut.num_tiles > 0 ? shared.first_tile[expert] : 0u);
+        for (uint32_t index = blockIdx.x; index < cut.num_tiles; index += p.num_routing_ctas) {
+            const uint32_t start = index * cut.height;
+            tiles[index] = make_int4(expert, first_slot[i] + start, min(cut.height, count[i] - start), 0);
         }
     }
 }

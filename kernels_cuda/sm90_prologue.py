@@ -21,10 +21,11 @@ MAX_TILE_ROWS = 256
 GROUPS_PER_CTA = NUM_THREADS // 8
 VECTOR_BYTES = 16
 LARGE_CLUSTER = 8
-LARGE_CLUSTER_CHOICES = 2048
-"""From how many choices on a cluster routes faster than one CTA."""
-CHOICES_PER_CLUSTER = 16384
-MAX_ROUTING_CLUSTERS = 4
+LARGE_CLUSTER_CHOICES = {"tiles": 2048, "blocks": 256}
+"""From how many choices on a cluster routes faster than one CTA: blocks are padded, which is more to write."""
+ALL_CLUSTERS_CHOICES = 16384
+"""From how many choices on ROUTING_CLUSTERS route faster than one."""
+ROUTING_CLUSTERS = 8
 
 
 class _Params(ctypes.Structure):
@@ -122,7 +123,8 @@ def launch(
     params = _Params()
     cluster_size, num_routing_ctas, num_working_ctas = 1, 0, 0
     if topk_ids is not None and aligned is not None:
-        cluster_size, num_routing_ctas = _routing_ctas(topk_ids.numel())
+        form = "tiles" if isinstance(aligned, TiledRouting) else "blocks"
+        cluster_size, num_routing_ctas = _routing_ctas(topk_ids.numel(), form)
         params.cluster_size, params.num_routing_ctas = cluster_size, num_routing_ctas
         params.topk_ids = pointer(topk_ids)
         params.num_choices, params.num_experts = topk_ids.numel(), num_experts
@@ -154,9 +156,8 @@ def launch(
     kernel.launch(params, num_clusters * cluster_size, overlap_previous=False)
 
 
-def _routing_ctas(num_choices: int) -> tuple[int, int]:
+def _routing_ctas(num_choices: int, form: str) -> tuple[int, int]:
     """The size of a cluster, and how many CTAs of whole clusters route."""
-    if num_choices < LARGE_CLUSTER_CHOICES:
+    if num_choices < LARGE_CLUSTER_CHOICES[form]:
         return 1, 1
-    num_clusters = min(-(-num_choices // CHOICES_PER_CLUSTER), MAX_ROUTING_CLUSTERS)
-    return LARGE_CLUSTER, LARGE_CLUSTER * num_clusters
+    return LARGE_CLUSTER, LARGE_CLUSTER * (ROUTING_CLUSTERS if num_choices >= ALL_CLUSTERS_CHOICES else 1)

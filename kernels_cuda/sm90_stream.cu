@@ -4,14 +4,15 @@
 //
 // A tile is up to kMaxRows tokens of one expert, a job a tile and one chunk of 128 channels. Jobs are cut along K into
 // pieces of the up phase, tiles along the columns of `out` into pieces of the down phase: large pieces first, small ones
-// last. CTAs take pieces by tickets, so that fast SMs take more of them: first the up phase, then for each job the
-// activation of what its pieces add up to, then the down phase. Weights arrive through a ring of 32 KB stages that crosses
+// last. CTAs take pieces by tickets, so that fast SMs take more of them: first the up phase, then for each job that was cut
+// the activation of what its pieces add up to, then the down phase. Weights arrive through a ring of 32 KB stages that crosses
 // pieces and phases: what the down phase reads depends on nothing, so it is on its way while sums and activations meet.
 //
 // They meet in global memory (L2), which the previous kernel filled with ones: each piece has rows of its own there for
 // its sums, each job for its activations, and who needs them reads until no word is still all ones. (None ever is:
 // arithmetic makes only one NaN, 0x7fffffff, and conversion to e4m3 only 0x7f.) There is no flag, no fence and nothing to
-// reset, and the pieces of a job are always added in the same order.
+// reset, and the pieces of a job are always added in the same order. With many rows filling takes longer than waiting, so
+// that flags follow the sums (MAX_PARTS of 4).
 //
 // Where there are only a few jobs no tickets are needed: a CTA has at most one piece of each phase, and computes the
 // activations of its own tile itself, which saves the second meeting.
@@ -43,13 +44,13 @@ extern "C" __global__ void __launch_bounds__(kThreadsToFit, 1) sm90_stream(const
     if (shared.num_tiles == 0) return;
 
     if (thread >= kNumMathThreads) {
-        if constexpr (kMovesRegisters) registers::decrease<kProducerRegisters>();
+        registers::decrease<kProducerRegisters>();
         if (thread == kNumMathThreads)
             loader.run();
         else if (thread >= kNumMathThreads + 32)
             Gatherer(p, shared, thread - kNumMathThreads - 32).run();
     } else {
-        if constexpr (kMovesRegisters) registers::increase<kMathRegisters>();
+        registers::increase<kMathRegisters>();
         Math(p, shared).run();
     }
 }

@@ -23,7 +23,7 @@ from kernels_cuda.compile import Cubin, compile_kernel
 from kernels_cuda.launch import Kernel, load, pointer
 from kernels_cuda.weight_tiles import tile_w2, tile_w13
 from reference.quant import GROUP_SIZE
-from reference.routing import TiledRouting
+from reference.routing import TiledRouting, tile_capacity
 from workbench.problem import MoEInputs, MoEShape, MoEWeights, scale_blocks
 from workbench.variant import Backend, CompileReport, Config, Support, Variant, register
 
@@ -35,6 +35,8 @@ STAGE_BYTES = 2 * 128 * 128
 MAX_STAGES = 6
 MAX_ROWS = (8, 16, 32, 64)
 SUMS_ROW_BYTES = 1024
+FLAGGED_PARTS = 4  # with so many parts of a job at most, a flag follows its sums: there are too many of them to mark
+FLAG_BYTES = 8 * FLAGGED_PARTS * 4  # of a job: for each warp and part
 DETERMINISTIC_PARTS = 8  # of a job, whatever the batch
 
 
@@ -49,8 +51,9 @@ class _Params(ctypes.Structure):
         ("sorted_choices", ctypes.c_uint64),
         ("tiles", ctypes.c_uint64),
         ("topk_weights", ctypes.c_uint64),
-        ("ticket_counter", ctypes.c_uint64),
         ("sums", ctypes.c_uint64),
+        ("ticket_counter", ctypes.c_uint64),
+        ("sums_written", ctypes.c_uint64),
         ("activations", ctypes.c_uint64),
         ("activation_scales", ctypes.c_uint64),
         ("out", ctypes.c_uint64),
@@ -62,28 +65,29 @@ class _Params(ctypes.Structure):
     )
 
 
-def smem_bytes(max_rows: int, num_chunks: int, num_stages: int) -> int:
+def smem_bytes(shape: MoEShape, max_rows: int, num_stages: int) -> int:
     """Size of the kernel's SharedStorage, from above."""
-    stage = STAGE_BYTES + max_rows * (128 + 4) + 8 + 16  # weights, tokens and scales, two barriers
+    num_chunks = scale_blocks(shape.intermediate_size)
+    stage = STAGE_BYTES + max_rows * (128 + 4) + 8 + 24  # weights, tokens and scales, three barriers
+    down_scales = 2 * 4 * num_chunks * shape.hidden_size // GROUP_SIZE
     activation = (2 * num_chunks + 1) * max_rows * (128 + 4)
     tiles = 16 * (NUM_THREADS if max_rows <= 32 else 128)
-    rows = max_rows * 4 * 6
-    return -(-(num_stages * stage + activation + tiles + rows + 640) // 1024) * 1024
+    rows = max_rows * 4 * (6 + 8)
+    return -(-(num_stages * stage + activation + tiles + rows + down_scales + 640) // 1024) * 1024
 
 
-def most_stages(max_rows: int, num_chunks: int) -> int:
+def most_stages(shape: MoEShape, max_rows: int) -> int:
     """The deepest ring that fits, at most MAX_STAGES; 0 if none does."""
-    return next((n for n in range(MAX_STAGES, 1, -1) if smem_bytes(max_rows, num_chunks, n) <= SMEM_BYTES), 0)
+    return next((n for n in range(MAX_STAGES, 1, -1) if smem_bytes(shape, max_rows, n) <= SMEM_BYTES), 0)
 
 
 def _compile(config: Config, shape: MoEShape, num_ctas: int, deterministic: bool) -> tuple[Cubin, int]:
     max_rows, num_stages = config.integer("max_rows"), config.integer("num_stages")
-    num_chunks = scale_blocks(shape.intermediate_size)
-    num_bytes = smem_bytes(max_rows, num_chunks, num_stages)
+    num_bytes = smem_bytes(shape, max_rows, num_stages)
     defines = {
         "MAX_ROWS": max_rows,
         "HIDDEN_SIZE": shape.hidden_size,
-        "NUM_CHUNKS": num_chunks,
+        "NUM_CHUNKS": scale_blocks(shape.intermediate_size),
         "MAX_PARTS": config.integer("max_parts"),
         "NUM_STAGES": num_stages,
         "NUM_IN_FLIGHT": config.integer("num_in_flight"),
@@ -145,10 +149,9 @@ class SM90Stream(Variant):
 
     def configs(self, shape: MoEShape, num_tokens: int) -> Iterable[Config]:
         """The default by the expected rows of an expert, then the other heights, nearer ones first."""
-        num_chunks = scale_blocks(shape.intermediate_size)
         default = default_max_rows(shape, num_tokens)
         for max_rows in sorted(max_rows_that_fit(shape), key=lambda rows: (abs(math.log2(rows / default)), rows)):
-            num_stages = most_stages(max_rows, num_chunks)
+            num_stages = most_stages(shape, max_rows)
             yield Config(
                 max_rows=max_rows,
                 max_parts=DETERMINISTIC_PARTS if self.deterministic else default_max_parts(num_tokens),
@@ -185,12 +188,12 @@ class SM90Stream(Variant):
             return
         shape, max_rows = prepared.weights.shape, config.integer("max_rows")
         kernel = prepared.kernel(config)
-        exchange = Exchange(shape, inputs.num_tokens, config.integer("max_parts"), out.device)
+        exchange = Exchange(shape, inputs.num_tokens, config, out.device)
         params = _Params.from_buffer_copy(prepared.params)
         tiled = inputs.aligned
         if isinstance(tiled, TiledRouting) and tiled.max_rows == max_rows and inputs.x_q is not None:
             params.x_q, params.x_scale = pointer(inputs.x_q), pointer(inputs.x_scale)
-            sm90_fill.launch(zeros=out, ones=exchange.whole)
+            sm90_fill.launch(zeros=out, ones=exchange.marked)
         else:
             tiled = sm90_prologue.empty_tiles(inputs.topk_ids.numel(), shape.num_experts, max_rows, out.device)
             x, x_q, x_scale = None, inputs.x_q, inputs.x_scale
@@ -206,7 +209,7 @@ class SM90Stream(Variant):
                 topk_ids=inputs.topk_ids,
                 num_experts=shape.num_experts,
                 aligned=tiled,
-                poison=exchange.whole,
+                poison=exchange.marked,
                 power_of_two_scales=activation_form.power_of_two_scales(shape),
             )
         params.sorted_choices = pointer(tiled.sorted_choices)
@@ -250,24 +253,28 @@ class SM90StreamDeterministic(SM90Stream):
 
 
 class Exchange:
-    """What CTAs hand each other in one call: filled with ones before, as sm90_stream.cu says."""
+    """What CTAs hand each other in one call, as sm90_stream.cu says."""
 
-    def __init__(self, shape: MoEShape, num_tokens: int, max_parts: int, device: torch.device) -> None:
+    def __init__(self, shape: MoEShape, num_tokens: int, config: Config, device: torch.device) -> None:
         num_choices, num_chunks = num_tokens * shape.top_k, scale_blocks(shape.intermediate_size)
+        max_parts, flagged = config.integer("max_parts"), config.integer("max_parts") == FLAGGED_PARTS
+        num_jobs = tile_capacity(num_choices, config.integer("max_rows"), shape.num_experts) * num_chunks
         sizes = {
             "ticket_counter": 16,
-            "sums": num_choices * num_chunks * max_parts * SUMS_ROW_BYTES,
+            "sums_written": num_jobs * FLAG_BYTES if flagged else 0,
             "activations": num_choices * num_chunks * GROUP_SIZE,
             "activation_scales": -(-num_choices * num_chunks * 4 // 16) * 16,
+            "sums": num_choices * num_chunks * max_parts * SUMS_ROW_BYTES,
         }
-        self.whole = torch.empty(sum(sizes.values()), dtype=torch.uint8, device=device)
-        self.parts = dict(zip(sizes, self.whole.split(list(sizes.values())), strict=True))
+        whole = torch.empty(sum(sizes.values()), dtype=torch.uint8, device=device)
+        self.parts = dict(zip(sizes, whole.split(list(sizes.values())), strict=True))
+        self.marked = whole[: whole.numel() - sizes["sums"]] if flagged else whole
+        """What holds ones in every bit before."""
 
 
 def max_rows_that_fit(shape: MoEShape) -> list[int]:
     """Those that leave room for four stages."""
-    num_chunks = scale_blocks(shape.intermediate_size)
-    return [rows for rows in MAX_ROWS if most_stages(rows, num_chunks) >= 4]
+    return [rows for rows in MAX_ROWS if most_stages(shape, rows) >= 4]
 
 
 def default_max_rows(shape: MoEShape, num_tokens: int) -> int:

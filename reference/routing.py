@@ -28,15 +28,15 @@ class TiledRouting:
     """Choices grouped by expert without padding, and the tiles that each group is cut into.
 
     A group of c rows becomes n = ceil(c / max_rows) tiles of c / n rows rounded up to a multiple of 8, the last of what
-    is left. Tiles are ordered by their number of rows rounded up to 8, large ones first, then by expert and first row.
+    is left. Tiles are ordered by the height of their expert's tiles, high ones first, then by expert and first row:
+    those that take the same weights stand beside each other.
     """
 
     sorted_choices: torch.Tensor
     """int32 [M * top_k]: choices grouped by ascending expert; undefined past those with an expert on this rank."""
     tiles: torch.Tensor
-    """int32 [1 + capacity, 4]: (number of tiles, number of rows, largest height, 0), then for each tile (expert, first
-    row in `sorted_choices`, number of rows, rows of all earlier tiles with each rounded up to 8); undefined past those.
-    The largest height is the first tile's number of rows rounded up to 8, or 0."""
+    """int32 [1 + capacity, 4]: (number of tiles, number of rows, 0, 0), then for each tile (expert, first row in
+    `sorted_choices`, number of rows, 0); undefined past those."""
     max_rows: int
 
 
@@ -122,15 +122,13 @@ def tile_rows(topk_ids: torch.Tensor, max_rows: int, num_experts: int) -> TiledR
     start = _rank(experts, num_tiles) * heights[experts]  # within the group
     first_row = (counts.cumsum(0) - counts)[experts] + start
     num_rows = torch.minimum(heights[experts], counts[experts] - start)
-    order = _round_up_to_8(num_rows).argsort(descending=True, stable=True)
-    padded = _round_up_to_8(num_rows[order])
+    order = heights[experts].argsort(descending=True, stable=True)
 
     sorted_choices = torch.zeros(num_choices, dtype=torch.int32, device=device)
     sorted_choices[: len(choices)] = choices.int()
     tiles = torch.zeros(1 + tile_capacity(num_choices, max_rows, num_experts), 4, dtype=torch.int32, device=device)
-    tiles[0, :3] = torch.tensor([len(order), len(choices), int(padded[0]) if len(order) else 0])
-    columns = (experts[order], first_row[order], num_rows[order], padded.cumsum(0) - padded)
-    tiles[1 : 1 + len(order)] = torch.stack(columns, dim=1).int()
+    tiles[0, :2] = torch.tensor([len(order), len(choices)])
+    tiles[1 : 1 + len(order), :3] = torch.stack((experts[order], first_row[order], num_rows[order]), dim=1).int()
     return TiledRouting(sorted_choices, tiles, max_rows)
 
 

@@ -8,6 +8,8 @@ import torch
 from kernels_cuda import compile as cuda_compile
 from kernels_cuda import sm90_fill
 from kernels_cuda.sm90_stream import (
+    FLAG_BYTES,
+    FLAGGED_PARTS,
     MAX_ROWS,
     MAX_STAGES,
     SMEM_BYTES,
@@ -60,7 +62,6 @@ def test_with_short_tiles_a_cta_leaves_room_for_one_of_the_kernel_before():
 @pytest.mark.parametrize("num_tokens", TOKENS)
 def test_configs_start_with_the_default_and_all_fit(shape, num_tokens):
     configs = list(SM90Stream().configs(shape, num_tokens))
-    num_chunks = shape.intermediate_size // 128
     assert configs[0]["max_rows"] == default_max_rows(shape, num_tokens)
     assert len(set(configs)) == len(configs)
     for config in configs:
@@ -69,7 +70,7 @@ def test_configs_start_with_the_default_and_all_fit(shape, num_tokens):
         assert 4 <= num_stages <= MAX_STAGES
         assert 1 <= config.integer("num_in_flight") <= num_stages
         assert config.integer("max_parts") >= 4
-        assert smem_bytes(max_rows, num_chunks, num_stages) <= SMEM_BYTES
+        assert smem_bytes(shape, max_rows, num_stages) <= SMEM_BYTES
 
 
 def test_tiles_grow_with_the_rows_of_an_expert():
@@ -81,7 +82,7 @@ def test_tiles_grow_with_the_rows_of_an_expert():
 def test_wide_layers_get_shorter_tiles():
     assert max_rows_that_fit(DSV3_TP16) == list(MAX_ROWS)
     assert max_rows_that_fit(WIDE) == [8]
-    assert most_stages(8, 1) == MAX_STAGES
+    assert most_stages(DSV3_TP16, 8) == MAX_STAGES
 
 
 @pytest.mark.parametrize(
@@ -113,16 +114,19 @@ def test_a_machine_without_a_gpu_compiles_only():
     assert "compiled only" in support.reason
 
 
-def test_the_exchange_has_room_for_every_part_and_is_whole_vectors():
+@pytest.mark.parametrize("max_parts", [FLAGGED_PARTS, 8])
+def test_the_exchange_has_room_for_every_part_and_is_whole_vectors(max_parts):
     shape = MoEShape(8, 256, 256, 3)
-    exchange = Exchange(shape, num_tokens=5, max_parts=4, device=torch.device("cpu"))
+    exchange = Exchange(shape, 5, Config(max_rows=8, max_parts=max_parts), torch.device("cpu"))
     sizes = {name: part.nbytes for name, part in exchange.parts.items()}
-    assert sizes["sums"] == 15 * 2 * 4 * 1024
+    assert sizes["sums"] == 15 * 2 * max_parts * 1024
     assert sizes["activations"] == 15 * 256
     assert sizes["activation_scales"] >= 15 * 2 * 4
     assert all(size % 16 == 0 for size in sizes.values())
-    assert exchange.whole.nbytes == sum(sizes.values())
-    addresses = [part.data_ptr() for part in exchange.parts.values()]
+    flagged = max_parts == FLAGGED_PARTS
+    assert sizes["sums_written"] == (9 * 2 * FLAG_BYTES if flagged else 0)  # 9 tiles at most: 8 experts and a full one
+    assert exchange.marked.nbytes == sum(sizes.values()) - (sizes["sums"] if flagged else 0)
+    addresses = [part.data_ptr() for part in exchange.parts.values() if part.numel()]
     assert addresses == sorted(addresses)
 
 

@@ -225,14 +225,14 @@ def sweep() -> None:
         for num_tokens in (64, 128, 256, 512, 1024, 2048, 4096, 8192):
             all_parts, texts = parts(shape, num_tokens), []
             for cluster_size, num_clusters in ((1, 1), (8, 1), (8, 2), (8, 3), (8, 4), (8, 6), (8, 8)):
-                prologue._routing_ctas = lambda _: (cluster_size, cluster_size * num_clusters)  # noqa: B023
+                prologue._routing_ctas = lambda *_: (cluster_size, cluster_size * num_clusters)  # noqa: B023
                 cells = [
                     graph_us(functools.partial(prologue.launch, **all_parts[name]))
                     for name in ("tile", "align", "tile+quantise")
                 ]
                 texts.append(f"{cluster_size}x{num_clusters} " + "/".join(f"{cell:.1f}" for cell in cells))
             prologue._routing_ctas = chosen
-            name = "x".join(map(str, chosen(num_tokens * shape.top_k)))
+            name = "x".join(map(str, chosen(num_tokens * shape.top_k, "tiles")))
             print(f"{shape} M={num_tokens} tile/align/tile+quantise (default {name}): " + "  ".join(texts), flush=True)
 
 

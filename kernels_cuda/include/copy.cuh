@@ -103,10 +103,14 @@ __device__ __forceinline__ void prefetch_tensor_map(const TensorMap& map) {
 }
 
 // 16 bytes past L1; writes zeros instead when `valid` is false (source must still be an address of the same array).
-__device__ __forceinline__ void cp_async_16(void* destination, const void* source, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(destination)), "l"(source),
+__device__ __forceinline__ void cp_async_16(uint32_t shared_destination, const void* source, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_destination), "l"(source),
                  "r"(valid ? 16 : 0)
                  : "memory");
+}
+
+__device__ __forceinline__ void cp_async_16(void* destination, const void* source, bool valid) {
+    cp_async_16(shared_address(destination), source, valid);
 }
 
 // 4 bytes through L1, for values that lie beside each other and are fetched one step after another.

@@ -1,5 +1,6 @@
-// Values handed from CTA to CTA through global memory, each its own signal: memory that holds ones in every bit has not
-// been written yet. The writer's words must never be ones in every bit; sums in fp32 are not.
+// Values handed from CTA to CTA through global memory. Either each is its own signal: memory that holds ones in every bit
+// has not been written yet, and the writer's words are never that; sums in fp32 are not. That takes one trip through L2,
+// and a fill of the memory before. Or a flag follows them, which takes two.
 #pragma once
 #include "types.cuh"
 
@@ -26,10 +27,27 @@ __device__ __forceinline__ float4 load_once(const float4* address) {
     return value;
 }
 
+__device__ __forceinline__ uint4 load_once(const uint4* address) {
+    uint4 value;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "l"(address)
+                 : "memory");
+    return value;
+}
+
+__device__ __forceinline__ float load_once(const float* address) {
+    float value;
+    asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(value) : "l"(address) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ bool written(float value) { return __float_as_uint(value) != ~0u; }
 __device__ __forceinline__ bool written(const float4& value) {
-    constexpr uint32_t kOnes = ~0u;
-    return __float_as_uint(value.x) != kOnes && __float_as_uint(value.y) != kOnes &&
-           __float_as_uint(value.z) != kOnes && __float_as_uint(value.w) != kOnes;
+    return written(value.x) && written(value.y) && written(value.z) && written(value.w);
+}
+__device__ __forceinline__ bool written(const uint4& value) {
+    return value.x != ~0u && value.y != ~0u && value.z != ~0u && value.w != ~0u;
 }
 
 __device__ __forceinline__ void store(uint4* address, uint4 value) {
@@ -38,14 +56,20 @@ __device__ __forceinline__ void store(uint4* address, uint4 value) {
                  : "memory");
 }
 
-// The values at address(0), address(1), ..., once written; zeros where it is null. Traps if that does not happen.
-template <uint32_t kCount, typename Address>
-__device__ __forceinline__ void load(float4 (&value)[kCount], Address address) {
+// The values at address(0), address(1), ..., whose flag was seen; zeros where not wanted(i). All are under way at a time.
+template <typename T, uint32_t kCount, typename Wanted, typename Address>
+__device__ __forceinline__ void load_flagged(T (&value)[kCount], Wanted wanted, Address address) {
 #pragma unroll
     for (uint32_t i = 0; i < kCount; ++i) {
-        const float4* const source = address(i);
-        value[i] = source == nullptr ? make_float4(0.f, 0.f, 0.f, 0.f) : load_once(source);
+        value[i] = T{};
+        if (wanted(i)) value[i] = load_once(address(i));
     }
+}
+
+// As load_flagged(), of values that are their own signal. Traps if one is not written.
+template <typename T, uint32_t kCount, typename Wanted, typename Address>
+__device__ __forceinline__ void load(T (&value)[kCount], Wanted wanted, Address address) {
+    load_flagged(value, wanted, address);
 #pragma unroll 1
     for (uint32_t poll = 0; poll < kMaxPolls; ++poll) {
         bool all = true;
@@ -60,34 +84,20 @@ __device__ __forceinline__ void load(float4 (&value)[kCount], Address address) {
     __trap();
 }
 
-__device__ __forceinline__ uint4 load(const uint4* address) {
+// `value`, which load_once() gave, or what the address holds once written. Traps if that does not happen.
+template <typename T>
+__device__ __forceinline__ T await_written(T value, const T* address) {
 #pragma unroll 1
     for (uint32_t poll = 0; poll < kMaxPolls; ++poll) {
-        uint4 value;
-        asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-                     : "l"(address)
-                     : "memory");
-        if (value.x != ~0u && value.y != ~0u && value.z != ~0u && value.w != ~0u) return value;
+        if (written(value)) return value;
+        value = load_once(address);
     }
     __trap();
-    return {};
+    return value;
 }
 
-__device__ __forceinline__ float load(const float* address) {
-#pragma unroll 1
-    for (uint32_t poll = 0; poll < kMaxPolls; ++poll) {
-        uint32_t value;
-        asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
-        if (value != ~0u) return __uint_as_float(value);
-    }
-    __trap();
-    return 0.f;
-}
-
-// A flag for what this CTA wrote before, by one thread after a barrier of those that wrote.
+// A flag becomes 1, from zero or from ones: for what was written before, by one thread after a barrier of those that wrote.
 __device__ __forceinline__ void signal(uint32_t* flag) {
-    __threadfence();
     asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
 }
 
@@ -97,7 +107,23 @@ __device__ __forceinline__ void await(const uint32_t* flag) {
     for (uint32_t poll = 0; poll < kMaxPolls; ++poll) {
         uint32_t value;
         asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
-        if (value != 0) return;
+        if (value == 1) return;
+    }
+    __trap();
+}
+
+// For the first num_flags of up to 4 flags that lie beside each other, by each thread that reads.
+__device__ __forceinline__ void await(const uint4* flags, uint32_t num_flags) {
+#pragma unroll 1
+    for (uint32_t poll = 0; poll < kMaxPolls; ++poll) {
+        uint4 value;
+        asm volatile("ld.acquire.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                     : "l"(flags)
+                     : "memory");
+        if (value.x == 1 && (num_flags < 2 || value.y == 1) && (num_flags < 3 || value.z == 1) &&
+            (num_flags < 4 || value.w == 1))
+            return;
     }
     __trap();
 }

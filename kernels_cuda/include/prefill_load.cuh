@@ -7,7 +7,8 @@
 //     kNumK                                     steps of K
 //     tile(item), column(item)                  the tile of an item and which 256 weight rows it multiplies
 //     source_row(tile, row)                     where row `row` of the tile lies
-//     row_offset(source_row, piece), k_base(k)  its 16-byte piece: k_base(k) + row_offset(source_row, piece)
+//     row_piece(source_row, piece, k)           its 16-byte piece `piece` of step k
+//     k_stride()                                from there to that of step k + 1
 //     row_scale(source_row)                     its scales, one for each step
 //     weight_scale(expert, column, half)        those of the first or second 128 weight rows, one for each step
 //     load_weights(target, full, expert, column, k, half)   multicast of 128 weight rows
@@ -73,10 +74,12 @@ struct LoadStorage {
     alignas(1024) uint8_t weights[kNumStages][2][kHalfBytes];
     alignas(1024) uint8_t rows[kNumStages][kBlockM * kTileK];
     Zeroing zeroing;
-    alignas(16) float scale[kNumStages][2][kBlockM];  // weight scale * row scale, at scale_slot(row)
+    alignas(16) float row_scale[kNumStages][kBlockM];  // at scale_slot(row)
+    float weight_scale[kNumStages][2];
     PieceOfTile piece[kNumPieces];
     uint32_t first_of_piece[kNumStages];  // where a piece begins: its place in `piece`
     uint32_t source_row[2][kBlockM];
+    float4 own_scales[kNumLoadThreads];  // of a thread's row, for the four steps that the present one is among
     uint64_t full[kNumStages];
     uint64_t empty[kNumStages];
 };
@@ -91,8 +94,9 @@ using Ring = RingPosition<kNumStages>;
 // One thread, before a cluster barrier.
 __device__ __forceinline__ void init_ring(LoadStorage& shared) {
     for (uint32_t stage = 0; stage < kNumStages; ++stage) {
-        mbarrier::init(shared.full[stage], 2 * kNumLoadThreads + 1);  // copies, scales, weights
-        mbarrier::init(shared.empty[stage], kNumMathThreads + kNumMathWarps);  // own threads, the other CTA's warps
+        constexpr uint32_t kScaleArrivals = kNumLoadThreads / 32 * mbarrier::kArrivalsPerWarp;
+        mbarrier::init(shared.full[stage], kNumLoadThreads + kScaleArrivals + 1);  // rows, scales, weights
+        mbarrier::init(shared.empty[stage], kNumMathWarps * (mbarrier::kArrivalsPerWarp + 1));  // own, the other CTA's
     }
 }
 
@@ -166,19 +170,19 @@ struct Loader {
         return scales;
     }
 
-    static __device__ __forceinline__ float at(const float4& four, uint32_t i) {
-        const float low = i & 1 ? four.y : four.x, high = i & 1 ? four.w : four.z;
-        return i & 2 ? high : low;
-    }
-
+    // A step's instructions come one after another in each warp, and math waits for the last of them: so what can be is read
+    // before the wait for a free stage, and addresses are not worked out anew.
     __device__ __forceinline__ void run(Pieces pieces) {
         Ring ring;
         uint32_t buffer = 0, piece = 0;
         Job job = take(pieces);
         Rows rows = fetch_rows(job);
-        float4 ahead = fetch_scales(rows.own_row, job.piece.first_k), scales = ahead;
+        float4 ahead = fetch_scales(rows.own_row, job.piece.first_k);
+        const float* const own_scales = reinterpret_cast<const float*>(shared.own_scales + thread);
+        const uint32_t first_target =
+            shared_address(shared.rows) + thread / 8 * kTileK + (thread % 8 ^ thread / 8 % 8) * 16;
         while (!job.end()) {
-            const uint32_t first_k = job.piece.first_k, last_k = job.piece.last_k;
+            const uint32_t first_k = job.piece.first_k, last_k = job.piece.last_k, end_row = num_rows(job);
             // A thread is at most one piece ahead of another, so two buffers suffice.
             buffer ^= 1;
             if (thread < kBlockM) shared.source_row[buffer][thread] = rows.own_row;
@@ -188,11 +192,13 @@ struct Loader {
                 if (index < 2 * kNumK) weight_scales[buffer][half][index - half * kNumK] = rows.weight_scale[i];
             }
             named_barrier(kLoadBarrier, kNumLoadThreads);
-            uint32_t offset[kPasses];
+            // Registers of its own for each address: a copy holds the one that it was given until it is under way.
+            const uint8_t* source[kPasses];
 #pragma unroll
             for (uint32_t pass = 0; pass < kPasses; ++pass) {
-                const uint32_t row = shared.source_row[buffer][pass * 16 + thread / 8];
-                offset[pass] = row == kNoRow ? kNoRow : operands.row_offset(row, thread % 8);
+                // Rows of the last pass past the end are copies of the last one: their products are not used.
+                const uint32_t row = min(pass * 16 + thread / 8, max(end_row, 1u) - 1);
+                source[pass] = operands.row_piece(shared.source_row[buffer][row], thread % 8, first_k);
             }
             const uint32_t row = rows.own_row;
             const uint32_t rows_at = max(last_k, first_k + kLead) - kLead;
@@ -202,39 +208,38 @@ struct Loader {
                 if (k == first_k) next = take(pieces);
                 if (k == rows_at) rows = fetch_rows(next);
                 if (k % 4 == 0 || k == first_k) {
-                    scales = ahead;
+                    shared.own_scales[thread] = ahead;
                     const uint32_t next_group = k / 4 * 4 + 4;
                     const bool within = next_group < last_k;
                     ahead = fetch_scales(within ? row : rows.own_row, within ? next_group : next.piece.first_k);
                 }
+                const float scale = own_scales[k % 4], weight_scale = weight_scales[buffer][thread % 2][k];
                 mbarrier::wait(shared.empty[ring.stage], ring.parity ^ 1);
                 uint64_t& full = shared.full[ring.stage];
                 if (thread == 0) {
                     if (k == first_k) {
                         shared.first_of_piece[ring.stage] = piece;
                         shared.piece[piece] = {job.tile.first_row,
-                                                     first_h_row(job.tile.expert, job.tile.first_row),
-                                                     job.tile.num_rows,
-                                                     job.column,
-                                                     first_k,
-                                                     last_k};
+                                               first_h_row(job.tile.expert, job.tile.first_row),
+                                               job.tile.num_rows,
+                                               job.column,
+                                               first_k,
+                                               last_k};
                     }
                     mbarrier::arrive_expect_bytes(full, 2 * kHalfBytes);
                     operands.load_weights(shared.weights[ring.stage][rank], full, job.tile.expert, job.column, k, rank);
                 }
-                const uint8_t* const base = operands.k_base(k);
-                uint8_t* const target = shared.rows[ring.stage] + thread / 8 * kTileK + (thread % 8 ^ thread / 8 % 8) * 16;
+                const uint32_t target = first_target + ring.stage * (kBlockM * kTileK);
 #pragma unroll
-                for (uint32_t pass = 0; pass < kPasses; ++pass)
-                    if (offset[pass] != kNoRow) cp_async_16(target + pass * 16 * kTileK, base + offset[pass], true);
-                cp_async_arrive(full);
-                if (thread < kBlockM) {
-                    const float scale = at(scales, k % 4);
-                    shared.scale[ring.stage][0][scale_slot(thread)] = scale * weight_scales[buffer][0][k];
-                    shared.scale[ring.stage][1][scale_slot(thread)] = scale * weight_scales[buffer][1][k];
+                for (uint32_t pass = 0; pass < kPasses; ++pass) {
+                    cp_async_16(target + pass * 16 * kTileK, source[pass], pass * 16 < end_row);
+                    source[pass] += operands.k_stride();
                 }
-                mbarrier::arrive(full);
-                if (thread == 32) shared.zeroing.step();
+                cp_async_arrive(full);
+                if (thread < kBlockM) shared.row_scale[ring.stage][scale_slot(thread)] = scale;
+                if (thread < 2) shared.weight_scale[ring.stage][thread] = weight_scale;
+                mbarrier::arrive_warp(full);
+                if (thread == 32 && k % 2) shared.zeroing.step();
             }
             job = next;
             piece = piece + 1 < kNumPieces ? piece + 1 : 0;
@@ -246,7 +251,7 @@ struct Loader {
             mbarrier::arrive(shared.full[ring.stage]);
         }
         cp_async_arrive(shared.full[ring.stage]);
-        mbarrier::arrive(shared.full[ring.stage]);
+        mbarrier::arrive_warp(shared.full[ring.stage]);
         if (thread == 32) shared.zeroing.finish();
         cp_async_wait_all();
     }

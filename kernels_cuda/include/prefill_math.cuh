@@ -1,9 +1,7 @@
 // The consumers of a grouped product: sums over K of 256 weight rows by the rows of a tile, block-scaled, in fp32.
 //
-// Two warpgroups. Up to kMostSwappedRows rows of a CTA they are the N of wgmma and weight rows the M: no product is
-// wasted on rows that are not there, and each warpgroup has 64 rows of each half of the weights. More rows fill the M
-// of two warpgroups, 64 each, against all weight rows: that reads shared memory less often, and a thread's sums have
-// two row scales rather than one for every column.
+// The rows of a CTA are the N of wgmma and weight rows the M, so that no product is wasted on rows that are not there. Two
+// warpgroups, each with 64 rows of each half of the weights.
 //
 // A piece of K that does not begin at 0 leaves its sums to the cluster whose piece does, through global memory.
 #pragma once
@@ -13,12 +11,10 @@
 #include "registers.cuh"
 #include "wgmma.cuh"
 
-constexpr uint32_t kMostSwappedRows = MOST_SWAPPED_ROWS;
-constexpr uint32_t kMostPipelinedRows = 96;  // registers for two partial sums
 constexpr uint32_t kWarpgroupBytes = 64 * kTileK;
 constexpr uint32_t kPartVectors = kBlockM / 4;  // float4 that a thread leaves of its sums
 
-static_assert(kMostSwappedRows >= kBlockM || kBlockM == 128, "two warpgroups of 64 rows");
+static_assert(kBlockM <= 96, "registers for two partial sums");
 
 // Heights that a CTA's part of a tile is padded to: 16, 32, then by 8.
 __device__ __forceinline__ constexpr uint32_t next_height(uint32_t rows) { return rows + (rows < 32 ? 16 : 8); }
@@ -45,7 +41,6 @@ struct Parts {
             part[(2 * i + 1) * kNumMathThreads] =
                 make_float4(second[4 * i], second[4 * i + 1], second[4 * i + 2], second[4 * i + 3]);
         }
-        __threadfence();
         named_barrier(kMathBarrier, kNumMathThreads);
         if (registers::thread_index() == 0) exchange::signal(written + index);
     }
@@ -64,12 +59,11 @@ struct Parts {
             second[4 * i] += b.x, second[4 * i + 1] += b.y, second[4 * i + 2] += b.z, second[4 * i + 3] += b.w;
         }
     }
-
 };
 
 // Epilogue is a type with
-//     swapped<kRows>(piece, first, second)    sums of weight rows by kRows rows: first and second half, wgmma's layout
-//     by_rows(piece, first, second)           sums of 64 rows by 128 weight rows: first and second half
+//     ahead(piece)                                what this thread needs to know of the piece, asked for before its products
+//     finish<kRows>(piece, ahead, first, second)  sums of weight rows by kRows rows: first and second half, wgmma's layout
 template <uint32_t kNumK, typename Epilogue>
 struct Math {
     LoadStorage& shared;
@@ -81,38 +75,55 @@ struct Math {
     __device__ __forceinline__ Math(LoadStorage& shared, const Share& share, const Parts& parts, const Epilogue& epilogue)
         : shared(shared), share(share), parts(parts), epilogue(epilogue) {}
 
-    __device__ __forceinline__ uint32_t stage() const { return next_step % kNumStages; }
-    __device__ __forceinline__ void wait_stage() {
-        mbarrier::wait(shared.full[stage()], next_step / kNumStages % 2);
+    __device__ __forceinline__ uint32_t next_stage() const { return next_step % kNumStages; }
+    __device__ __forceinline__ void wait_stage(uint32_t stage) {
+        mbarrier::wait(shared.full[stage], next_step / kNumStages % 2);
         fence_async_proxy();  // rows came by cp.async
     }
 
-    // Each lane arrives for itself in this CTA: racecheck does not follow the order through __syncwarp(). The other CTA
-    // overwrites weights alone, which the whole warp has read by then.
     __device__ __forceinline__ void release(uint32_t stage, uint32_t lane) {
-        mbarrier::arrive(shared.empty[stage]);
+        mbarrier::arrive_warp(shared.empty[stage]);
         if (lane == 0) mbarrier::arrive_remote_relaxed(shared.empty[stage], cluster::cta_rank() ^ 1);
     }
 
-    __device__ __forceinline__ uint64_t weights(uint32_t half, uint32_t warpgroup) const {
-        return wgmma::descriptor(shared.weights[stage()][half] + warpgroup * kWarpgroupBytes);
+    __device__ __forceinline__ uint64_t weights(uint32_t stage, uint32_t half, uint32_t warpgroup) const {
+        return wgmma::descriptor(shared.weights[stage][half] + warpgroup * kWarpgroupBytes);
     }
-    __device__ __forceinline__ uint64_t rows() const { return wgmma::descriptor(shared.rows[stage()]); }
+    __device__ __forceinline__ uint64_t rows(uint32_t stage) const { return wgmma::descriptor(shared.rows[stage]); }
 
-    // sum += partial * scale of the column's row.
+    // The rows' scales of this lane's columns. A 16-byte read takes as long for one address as for 32, so they are read once
+    // for both halves, where there are registers to keep them.
     template <uint32_t kRows>
-    __device__ __forceinline__ void promote(float (&sum)[kRows / 2], float (&partial)[kRows / 2], const float* scale,
-                                            uint32_t lane) {
-        wgmma::pin(partial);
-        const float4* const scales = reinterpret_cast<const float4*>(scale) + lane % 4;
+    struct RowScales {
+        static constexpr uint32_t kCount = ceil_div(kRows, 16u);
+        static constexpr bool kKept = kRows <= 80;
+        const float4* source;
+        float4 kept[kKept ? kCount : 1];
+
+        __device__ __forceinline__ void read(const float* scale, uint32_t lane) {
+            source = reinterpret_cast<const float4*>(scale) + lane % 4;
+            if constexpr (kKept) {
 #pragma unroll
-        for (uint32_t j = 0; j < ceil_div(kRows, 16u); ++j) {
-            const float4 four = scales[4 * j];
+                for (uint32_t i = 0; i < kCount; ++i) kept[i] = source[4 * i];
+            }
+        }
+        __device__ __forceinline__ float4 at(uint32_t i) const { return kKept ? kept[kKept ? i : 0] : source[4 * i]; }
+    };
+
+    // sum += partial * scale of the weights * scale of the column's row.
+    template <uint32_t kRows>
+    __device__ __forceinline__ static void promote(float (&sum)[kRows / 2], float (&partial)[kRows / 2],
+                                                   const RowScales<kRows>& scales, float weight_scale) {
+        wgmma::pin(partial);
+#pragma unroll
+        for (uint32_t j = 0; j < RowScales<kRows>::kCount; ++j) {
+            const float4 four = scales.at(j);
 #pragma unroll
             for (uint32_t h = 0; h < 2; ++h) {
                 const uint32_t i = 8 * j + 4 * h;
                 if (i >= kRows / 2) break;
-                const float left = h == 0 ? four.x : four.z, right = h == 0 ? four.y : four.w;
+                const float left = (h == 0 ? four.x : four.z) * weight_scale;
+                const float right = (h == 0 ? four.y : four.w) * weight_scale;
                 sum[i + 0] += partial[i + 0] * left;
                 sum[i + 1] += partial[i + 1] * right;
                 sum[i + 2] += partial[i + 2] * left;
@@ -122,72 +133,42 @@ struct Math {
         wgmma::pin(sum);
     }
 
-    // Weight rows as M. While one partial sum is promoted the product of the other is under way.
+    // While one partial sum is promoted the product of the other is under way.
     template <uint32_t kRows>
-    __device__ __forceinline__ void sum_swapped(float (&first)[kRows / 2], float (&second)[kRows / 2], uint32_t num_steps) {
+    __device__ __forceinline__ void add_products(float (&first)[kRows / 2], float (&second)[kRows / 2], uint32_t num_steps) {
         const uint32_t thread = registers::thread_index(), lane = thread % 32, warpgroup = thread / 128;
-        if constexpr (kRows <= kMostPipelinedRows) {
-            float a[kRows / 2], b[kRows / 2];
-            wait_stage();
-            wgmma::multiply_k128<kRows>(a, weights(0, warpgroup), rows());
-            wgmma::multiply_k128<kRows>(b, weights(1, warpgroup), rows());
+        float a[kRows / 2], b[kRows / 2];
+        RowScales<kRows> scales;
+        uint32_t stage = next_stage();
+        const auto promote_first = [&] {
+            scales.read(shared.row_scale[stage], lane);
+            const float weight_scale = shared.weight_scale[stage][0];
             wgmma::wait<1>();
-            promote<kRows>(first, a, shared.scale[stage()][0], lane);
+            promote<kRows>(first, a, scales, weight_scale);
+        };
+        wait_stage(stage);
+        wgmma::multiply_k128<kRows>(a, weights(stage, 0, warpgroup), rows(stage));
+        wgmma::multiply_k128<kRows>(b, weights(stage, 1, warpgroup), rows(stage));
+        promote_first();
 #pragma unroll 1
-            for (uint32_t step = 1; step < num_steps; ++step) {
-                const uint32_t previous = stage();
-                ++next_step;
-                wait_stage();
-                wgmma::multiply_k128<kRows>(a, weights(0, warpgroup), rows());
-                wgmma::wait<1>();
-                promote<kRows>(second, b, shared.scale[previous][1], lane);
-                wgmma::multiply_k128<kRows>(b, weights(1, warpgroup), rows());
-                release(previous, lane);
-                wgmma::wait<1>();
-                promote<kRows>(first, a, shared.scale[stage()][0], lane);
-            }
-            wgmma::wait<0>();
-            promote<kRows>(second, b, shared.scale[stage()][1], lane);
-            release(stage(), lane);
+        for (uint32_t step = 1; step < num_steps; ++step) {
+            const uint32_t previous = stage;
+            const float weight_scale = shared.weight_scale[previous][1];
             ++next_step;
-        } else {
-#pragma unroll 1
-            for (uint32_t step = 0; step < num_steps; ++step, ++next_step) {
-                float partial[kRows / 2];
-                wait_stage();
-                wgmma::multiply_k128<kRows>(partial, weights(0, warpgroup), rows());
-                wgmma::wait<0>();
-                promote<kRows>(first, partial, shared.scale[stage()][0], lane);
-                wgmma::multiply_k128<kRows>(partial, weights(1, warpgroup), rows());
-                wgmma::wait<0>();
-                promote<kRows>(second, partial, shared.scale[stage()][1], lane);
-                release(stage(), lane);
-            }
+            stage = next_stage();
+            wait_stage(stage);
+            wgmma::multiply_k128<kRows>(a, weights(stage, 0, warpgroup), rows(stage));
+            wgmma::wait<1>();
+            promote<kRows>(second, b, scales, weight_scale);
+            wgmma::multiply_k128<kRows>(b, weights(stage, 1, warpgroup), rows(stage));
+            release(previous, lane);
+            promote_first();
         }
-    }
-
-    // Rows as M, 64 of them, by the 128 weight rows of one half; then the other.
-    __device__ __forceinline__ void sum_by_rows(float (&first)[64], float (&second)[64], uint32_t num_steps) {
-        const uint32_t thread = registers::thread_index(), lane = thread % 32, warpgroup = thread / 128;
-        const uint32_t slot = scale_slot(thread / 32 * 16 + lane / 4);  // and of the row 8 below: 2 further
-#pragma unroll 1
-        for (uint32_t step = 0; step < num_steps; ++step, ++next_step) {
-            wait_stage();
-            const uint64_t own_rows = rows() + warpgroup * (kWarpgroupBytes >> 4);
-            float partial[64];
-#pragma unroll
-            for (uint32_t half = 0; half < 2; ++half) {
-                wgmma::multiply_k128<128>(partial, own_rows, wgmma::descriptor(shared.weights[stage()][half]));
-                const float upper = shared.scale[stage()][half][slot], lower = shared.scale[stage()][half][slot + 2];
-                wgmma::wait<0>();
-                wgmma::pin(partial);
-                float(&sum)[64] = half == 0 ? first : second;
-#pragma unroll
-                for (uint32_t i = 0; i < 64; ++i) sum[i] += partial[i] * (i & 2 ? lower : upper);
-                wgmma::pin(sum);
-            }
-            release(stage(), registers::thread_index() % 32);
-        }
+        const float weight_scale = shared.weight_scale[stage][1];
+        wgmma::wait<0>();
+        promote<kRows>(second, b, scales, weight_scale);
+        release(stage, lane);
+        ++next_step;
     }
 
     // Whether this share has the epilogue of the piece: then `first` and `second` are the sums over all of K.
@@ -207,37 +188,24 @@ struct Math {
         return true;
     }
 
-    template <uint32_t kRows>
-    __device__ __forceinline__ void multiply_swapped(const PieceOfTile& piece) {
+    // With the least height that holds num_rows, kRows or more.
+    template <uint32_t kRows = 16>
+    __device__ __forceinline__ void multiply_fitting(const PieceOfTile& piece, uint32_t num_rows) {
+        if constexpr (next_height(kRows) <= kBlockM)
+            if (num_rows > kRows) return multiply_fitting<next_height(kRows)>(piece, num_rows);
+        const auto ahead = epilogue.ahead(piece);
         float first[kRows / 2], second[kRows / 2];
 #pragma unroll
         for (uint32_t i = 0; i < kRows / 2; ++i) first[i] = second[i] = 0.f;
-        sum_swapped<kRows>(first, second, piece.last_k - piece.first_k);
-        if (complete(piece, first, second)) epilogue.template swapped<kRows>(piece, first, second);
-    }
-
-    __device__ __forceinline__ void multiply_by_rows(const PieceOfTile& piece) {
-        float first[64], second[64];
-#pragma unroll
-        for (uint32_t i = 0; i < 64; ++i) first[i] = second[i] = 0.f;
-        sum_by_rows(first, second, piece.last_k - piece.first_k);
-        if (complete(piece, first, second)) epilogue.by_rows(piece, first, second);
-    }
-
-    template <uint32_t kRows = 16>
-    __device__ __forceinline__ void multiply_fitting(const PieceOfTile& piece, uint32_t num_rows) {
-        constexpr uint32_t kMost = kMostSwappedRows < kBlockM ? kMostSwappedRows : kBlockM;
-        if (num_rows <= kRows) return multiply_swapped<kRows>(piece);
-        if constexpr (next_height(kRows) <= kMost)
-            multiply_fitting<next_height(kRows)>(piece, num_rows);
-        else if constexpr (kMost < kBlockM)
-            multiply_by_rows(piece);
+        add_products<kRows>(first, second, piece.last_k - piece.first_k);
+        if (complete(piece, first, second)) epilogue.template finish<kRows>(piece, ahead, first, second);
     }
 
     __device__ __forceinline__ void run() {
         while (true) {
-            mbarrier::wait(shared.full[stage()], next_step / kNumStages % 2);
-            const PieceOfTile& piece = shared.piece[shared.first_of_piece[stage()]];
+            const uint32_t stage = next_stage();
+            mbarrier::wait(shared.full[stage], next_step / kNumStages % 2);
+            const PieceOfTile& piece = shared.piece[shared.first_of_piece[stage]];
             if (piece.num_rows == 0) return;
             multiply_fitting(piece, rows_per_cta(piece.num_rows));
         }

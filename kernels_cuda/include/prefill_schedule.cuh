@@ -1,9 +1,9 @@
-// How a persistent grid of clusters shares a list of items of K steps each: clusters get equal shares of the cost, to the
-// step, so that none idles at the end. A share that ends inside an item leaves the rest of its K to the next shares.
+// How a persistent grid of clusters shares a list of items of K steps each, so that none idles at the end.
 //
-// Items are dealt out as cards are, one to each cluster in turn, into as many columns as there are clusters; the shares
-// are cut from the columns in sequence. Columns cost nearly the same, so that share and column nearly agree, and items
-// that stand beside each other in the list, which read the same weights or tokens, run at about the same time.
+// Most items are dealt out whole, as cards are, one to each cluster in turn: items that stand beside each other in the list
+// read the same weights, so they should run at the same time, step by step. The last ones, at least one for each cluster,
+// are shared to the step of K, such that all clusters end together: a share that ends inside an item leaves the rest of
+// its K to the next shares.
 //
 // Every CTA works out its share by itself, from the list alone.
 #pragma once
@@ -15,7 +15,7 @@ constexpr uint32_t kNoItem = ~0u;
 
 // A row of reference.routing.TiledRouting.tiles.
 struct alignas(16) Tile {
-    uint32_t expert, first_row, num_rows, earlier_rows;
+    uint32_t expert, first_row, num_rows, unused;
 };
 
 // Where the rows of h of an expert begin that are first_row, ... in the order of the experts: at a multiple of 8, for they
@@ -32,36 +32,26 @@ struct Position {
     uint32_t k;     // step of K within it
 };
 
+constexpr uint32_t kMaxTail = 2 * kMaxClusters;
+
+// A share: items number, number + num_shares, ... below first_tail, then begin..end.
 struct Share {
     Position begin, end;
     uint32_t number, num_shares;
-    uint32_t num_items;
-    uint64_t total_cost;
-    uint32_t cut_item_cost;  // of the items before the one that the share ends in, if it ends inside of one
+    uint32_t num_items, first_tail;
+    uint32_t cut_item_cost;  // of the tail before the item that the share ends in, if it ends inside of one
     uint32_t cut_step_cost;  // of a step of that item
-
-    // The item after `item` in the sequence of columns.
-    __device__ __forceinline__ uint32_t after(uint32_t item) const {
-        const uint32_t below = item + num_shares;
-        if (below < num_items) return below;
-        const uint32_t column = item % num_shares + 1;
-        return column < min(num_shares, num_items) ? column : kNoItem;
-    }
-
-    // Where share `share` begins, as a cost.
-    __device__ __forceinline__ uint32_t cost_before(uint32_t share) const {
-        return static_cast<uint32_t>(total_cost * share / num_shares);
-    }
+    uint32_t begin_cost[kMaxClusters + 1];  // of the tail before each share
 
     // The first step of the item that this share ends in which is not done by shares before `share`.
     __device__ __forceinline__ uint32_t steps_before(uint32_t share, uint32_t num_k) const {
-        return min((cost_before(share) - cut_item_cost) / cut_step_cost, num_k);
+        return min((begin_cost[share] - cut_item_cost) / cut_step_cost, num_k);
     }
 };
 
 struct ShareStorage {
-    uint32_t column_cost[kMaxClusters + 1];  // then that of all columns before
     Share share;
+    uint32_t tail_cost[kMaxTail + 1];  // of an item of the tail; then of all before it
 };
 
 // A part of K of one item.
@@ -72,16 +62,23 @@ struct Piece {
 struct Pieces {
     const Share& share;
     const uint32_t num_k;
+    uint32_t whole;
     Position next;
 
-    __device__ __forceinline__ Pieces(const Share& share, uint32_t num_k) : share(share), num_k(num_k), next(share.begin) {}
+    __device__ __forceinline__ Pieces(const Share& share, uint32_t num_k)
+        : share(share), num_k(num_k), whole(share.number), next(share.begin) {}
 
     // The next piece of the share; item kNoItem at its end.
     __device__ __forceinline__ Piece take() {
+        if (whole < share.first_tail) {
+            const Piece piece{whole, 0, num_k};
+            whole += share.num_shares;
+            return piece;
+        }
         if (next.item == share.end.item && next.k >= share.end.k) return {kNoItem, 0, 0};
         const bool last = next.item == share.end.item;
         const Piece piece{next.item, next.k, last ? share.end.k : num_k};
-        next = last ? share.end : Position{share.after(next.item), 0};
+        next = last ? share.end : Position{next.item + 1 < share.num_items ? next.item + 1 : kNoItem, 0};
         return piece;
     }
 };
@@ -97,82 +94,108 @@ struct Cost {
     static __device__ __forceinline__ uint32_t item(uint32_t num_rows) { return step(num_rows) * kNumK + kEpilogue; }
 };
 
-// Where the cost `cost` is reached: inside an item only if kSplitK, otherwise at the nearer end of it.
-template <uint32_t kNumK, bool kSplitK, typename NumRows>
-__device__ __forceinline__ Position position_of(const ShareStorage& storage, Share& share, uint32_t column, uint32_t cost,
-                                                const NumRows& num_rows) {
-    uint32_t before = storage.column_cost[column];
-    for (uint32_t item = column;; item += share.num_shares) {
-        const uint32_t rows = num_rows(item), item_cost = Cost<kNumK>::item(rows);
-        if (cost - before >= item_cost) {
-            before += item_cost;
-            continue;
-        }
-        share.cut_item_cost = before;
-        share.cut_step_cost = Cost<kNumK>::step(rows);
-        uint32_t k = min((cost - before) / share.cut_step_cost, kNumK);
-        if constexpr (!kSplitK) k = (cost - before) * 2 < item_cost ? 0 : kNumK;
-        return k < kNumK ? Position{item, k} : Position{share.after(item), 0};
+// One warp: value[i] becomes the sum of all before it, value[32 * kPerLane] that of all.
+template <uint32_t kPerLane>
+__device__ __forceinline__ uint32_t sum_before(uint32_t* value) {
+    const uint32_t lane = threadIdx.x % 32;
+    uint32_t own[kPerLane], sum = 0;
+#pragma unroll
+    for (uint32_t i = 0; i < kPerLane; ++i) {
+        own[i] = sum;
+        sum += value[lane * kPerLane + i];
     }
+    uint32_t within = sum;
+#pragma unroll
+    for (uint32_t offset = 1; offset < 32; offset *= 2) {
+        const uint32_t other = __shfl_up_sync(~0u, within, offset);
+        if (lane >= offset) within += other;
+    }
+    __syncwarp();
+#pragma unroll
+    for (uint32_t i = 0; i < kPerLane; ++i) value[lane * kPerLane + i] = within - sum + own[i];
+    const uint32_t total = __shfl_sync(~0u, within, 31);
+    if (lane == 0) value[32 * kPerLane] = total;
+    __syncwarp();
+    return total;
+}
+
+// One warp: from what the whole items of each share cost, how much of the tail comes before each share, such that all
+// shares cost the same.
+__device__ __forceinline__ void share_tail(ShareStorage& storage, uint32_t num_shares) {
+    constexpr uint32_t kPerLane = kMaxClusters / 32;
+    uint32_t* const cost = storage.share.begin_cost;
+    const uint32_t lane = threadIdx.x % 32, tail = sum_before<kMaxTail / 32>(storage.tail_cost);
+    uint32_t total = 0;
+#pragma unroll
+    for (uint32_t i = 0; i < kPerLane; ++i) total += cost[lane * kPerLane + i];
+#pragma unroll
+    for (uint32_t offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
+    const uint32_t even = (total + tail) / num_shares;
+#pragma unroll
+    for (uint32_t i = 0; i < kPerLane; ++i) {
+        uint32_t& own = cost[lane * kPerLane + i];
+        own = lane * kPerLane + i < num_shares && own < even ? even - own : 0u;
+    }
+    __syncwarp();
+    const uint32_t missing = max(sum_before<kPerLane>(cost), 1u);
+#pragma unroll
+    for (uint32_t i = 0; i < kPerLane; ++i) {
+        uint32_t& before = cost[lane * kPerLane + i];
+        before = lane * kPerLane + i < num_shares ? static_cast<uint32_t>(static_cast<uint64_t>(before) * tail / missing) : tail;
+    }
+    if (lane == 0) cost[kMaxClusters] = tail;
+}
+
+// Where the cost `cost` is reached in an item of the tail: inside it only if kSplitK, otherwise at the nearer end of it.
+template <uint32_t kNumK, bool kSplitK>
+__device__ __forceinline__ Position position_of(const Share& share, uint32_t item, uint32_t cost_within, uint32_t rows) {
+    uint32_t k = min(cost_within / Cost<kNumK>::step(rows), kNumK);
+    if constexpr (!kSplitK) k = cost_within * 2 < Cost<kNumK>::item(rows) ? 0 : kNumK;
+    if (k < kNumK) return {item, k};
+    return {item + 1 < share.num_items ? item + 1 : kNoItem, 0};
 }
 
 // All kNumThreads threads: the share of this cluster into storage.share. num_rows(item) is the rows of the item's tile.
 template <uint32_t kNumK, bool kSplitK, uint32_t kNumThreads, typename NumRows>
 __device__ __forceinline__ void find_share(ShareStorage& storage, uint32_t number, uint32_t num_shares, uint32_t num_items,
                                            const NumRows& num_rows) {
-    static_assert(kNumThreads % kMaxClusters == 0 && kNumThreads >= 2 * kMaxClusters, "whole columns, two ends at once");
+    static_assert(kNumThreads % kMaxClusters == 0 && kNumThreads >= kMaxTail, "whole columns, the tail at once");
+    Share& share = storage.share;
     const uint32_t thread = threadIdx.x, column = thread % kMaxClusters;
-    if (thread <= kMaxClusters) storage.column_cost[thread] = 0;
+    const uint32_t first_tail = max(num_items / num_shares, 1u) * num_shares - num_shares;
+    const uint32_t tail_item = first_tail + thread;
+    uint32_t tail_rows = 0;
+    if (thread <= kMaxClusters) share.begin_cost[thread] = 0;
+    if (thread < kMaxTail) {
+        if (tail_item < num_items) tail_rows = num_rows(tail_item);
+        storage.tail_cost[thread] = tail_item < num_items ? Cost<kNumK>::item(tail_rows) : 0u;
+    }
+    if (thread == 0)
+        share.number = number, share.num_shares = num_shares, share.num_items = num_items, share.first_tail = first_tail;
     __syncthreads();
     if (column < num_shares) {
         uint32_t cost = 0;
         const uint32_t step = kNumThreads / kMaxClusters * num_shares;
 #pragma unroll 4
-        for (uint32_t item = column + thread / kMaxClusters * num_shares; item < num_items; item += step)
+        for (uint32_t item = column + thread / kMaxClusters * num_shares; item < first_tail; item += step)
             cost += Cost<kNumK>::item(num_rows(item));
-        atomicAdd(&storage.column_cost[column], cost);
+        atomicAdd(&share.begin_cost[column], cost);
     }
     __syncthreads();
-    if (thread < 32) {  // each lane has kPerLane columns
-        constexpr uint32_t kPerLane = kMaxClusters / 32;
-        uint32_t sum = 0, before[kPerLane];
-#pragma unroll
-        for (uint32_t i = 0; i < kPerLane; ++i) {
-            before[i] = sum;
-            sum += storage.column_cost[thread * kPerLane + i];
-        }
-        uint32_t within = sum;
-#pragma unroll
-        for (uint32_t offset = 1; offset < 32; offset *= 2) {
-            const uint32_t other = __shfl_up_sync(~0u, within, offset);
-            if (thread >= offset) within += other;
-        }
-#pragma unroll
-        for (uint32_t i = 0; i < kPerLane; ++i) storage.column_cost[thread * kPerLane + i] = within - sum + before[i];
-        if (thread == 31) storage.column_cost[kMaxClusters] = within;
-    }
+    if (thread < 32) share_tail(storage, num_shares);
     __syncthreads();
-    Share share{};
-    share.number = number, share.num_shares = num_shares, share.num_items = num_items;
-    share.total_cost = storage.column_cost[kMaxClusters];
-    const bool ends = thread >= kMaxClusters;
-    const uint32_t cost = share.cost_before(number + ends);
-    if (thread == 0 || thread == kMaxClusters) {  // a share that begins or ends where all items do
-        Position& bound = ends ? storage.share.end : storage.share.begin;
-        if (cost == share.total_cost) bound = {kNoItem, 0};
-        if (ends) {
-            storage.share.number = number, storage.share.num_shares = num_shares, storage.share.num_items = num_items;
-            storage.share.total_cost = share.total_cost;
-        }
-    }
-    if (thread < 2 * kMaxClusters && storage.column_cost[column] <= cost && cost < storage.column_cost[column + 1]) {
-        const Position bound = position_of<kNumK, kSplitK>(storage, share, column, cost, num_rows);
-        if (ends) {
-            storage.share.end = bound;
-            storage.share.cut_item_cost = share.cut_item_cost;
-            storage.share.cut_step_cost = share.cut_step_cost;
-        } else {
-            storage.share.begin = bound;
+    const uint32_t begin = share.begin_cost[number], end = share.begin_cost[number + 1];
+    const uint32_t tail = share.begin_cost[kMaxClusters];
+    if (thread == 0 && begin == tail) share.begin = {kNoItem, 0};
+    if (thread == 0 && end == tail) share.end = {kNoItem, 0};
+    if (thread < kMaxTail) {
+        const uint32_t before = storage.tail_cost[thread], after = storage.tail_cost[thread + 1];
+        if (before <= begin && begin < after)
+            share.begin = position_of<kNumK, kSplitK>(share, tail_item, begin - before, tail_rows);
+        if (before <= end && end < after) {
+            share.end = position_of<kNumK, kSplitK>(share, tail_item, end - before, tail_rows);
+            share.cut_item_cost = before;
+            share.cut_step_cost = Cost<kNumK>::step(tail_rows);
         }
     }
     __syncthreads();

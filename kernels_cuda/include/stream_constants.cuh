@@ -24,18 +24,20 @@ constexpr uint32_t kRowVectors = 64;                                   // float4
 constexpr uint32_t kNumMathThreads = 256;
 constexpr uint32_t kNumMathWarps = kNumMathThreads / 32;
 constexpr uint32_t kNumGatherThreads = 96;
+constexpr uint32_t kNumGatherWarps = kNumGatherThreads / 32;
 constexpr uint32_t kNumThreads = 384;
 constexpr uint32_t kTableTiles = kMaxRows <= 32 ? kNumThreads : 128;   // tiles kept in shared memory
-constexpr uint32_t kPartsAtOnce = kMaxParts < 8 ? kMaxParts : 8;        // vectors in flight, in registers
+constexpr uint32_t kFlaggedParts = 4;
+constexpr bool kFlagged = kMaxParts == kFlaggedParts;  // sums are followed by a flag; else they are their own signal
 constexpr uint32_t kMathBarrier = 1;
 constexpr uint32_t kGatherBarrier = 2;
 
-// Up to 32 rows 128 registers do for all, which leaves room on the SM for the kernel before, so that this one need not
-// wait for it to leave. More take them from the producers: 64 K are 128 producer threads' and 256 math threads'.
-constexpr bool kMovesRegisters = kMaxRows > 32;
-constexpr uint32_t kThreadsToFit = kMovesRegisters ? kNumThreads : 512;
-constexpr uint32_t kProducerRegisters = 72;
-constexpr uint32_t kMathRegisters = 216;
+// Up to 32 rows 128 registers a thread do, which leaves room on the SM for the kernel before, so that this one need not
+// wait for it to leave. Of these, or of all 64 K, the 128 producer threads leave most to the 256 math threads.
+constexpr bool kLeavesRoom = kMaxRows <= 32;
+constexpr uint32_t kThreadsToFit = kLeavesRoom ? 512 : kNumThreads;
+constexpr uint32_t kProducerRegisters = kLeavesRoom ? 64 : 72;
+constexpr uint32_t kMathRegisters = kLeavesRoom ? 160 : 216;
 
 static_assert(kMaxParts >= 4, "jobs are cut into 4 or more parts");
 static_assert(kMaxRows == 8 || kMaxRows == 16 || kMaxRows == 32 || kMaxRows == 64, "tiles of 8, 16, 32 or 64 rows");

@@ -49,16 +49,17 @@ struct WeightLoader {
 
     __device__ __forceinline__ void init_barriers() {
         for (uint32_t stage = 0; stage < kNumStages; ++stage) {
-            mbarrier::init(shared.full[stage], 1 + kNumGatherThreads);
-            mbarrier::init(shared.empty[stage], kNumMathThreads);
+            mbarrier::init(shared.full[stage], 1);
+            mbarrier::init(shared.tokens_full[stage], kNumGatherThreads);
+            mbarrier::init(shared.empty[stage], kNumMathWarps * mbarrier::kArrivalsPerWarp);
         }
         for (uint32_t stage = 0; stage < kQueueSize; ++stage) {
             mbarrier::init(shared.queue_full[stage], 1);
-            mbarrier::init(shared.queue_empty[stage], kNumMathThreads + kNumGatherThreads);
+            mbarrier::init(shared.queue_empty[stage], (kNumMathWarps + kNumGatherWarps) * mbarrier::kArrivalsPerWarp);
         }
         for (uint32_t buffer = 0; buffer < 2; ++buffer) {
-            mbarrier::init(shared.activation_full[buffer], kNumGatherThreads);
-            mbarrier::init(shared.activation_empty[buffer], kNumMathThreads);
+            mbarrier::init(shared.activation_full[buffer], kNumGatherWarps * mbarrier::kArrivalsPerWarp);
+            mbarrier::init(shared.activation_empty[buffer], kNumMathWarps * mbarrier::kArrivalsPerWarp);
         }
         mbarrier::fence_init();
         fence_async_proxy();
@@ -88,7 +89,7 @@ struct WeightLoader {
         queue.advance();
     }
 
-    // After start(), whose first piece it goes on with. Between the phases come the activations of this CTA's jobs.
+    // After start(), whose first piece it goes on with. Between the phases come the activations of this CTA's share of the jobs in parts.
     __device__ __forceinline__ void run() {
         const Schedule schedule(shared.num_tiles);
         bool first = true, owes_activations = !schedule.few;
@@ -96,7 +97,8 @@ struct WeightLoader {
         for (;;) {
             if (owes_activations && ticket >= schedule.num_up) {
                 owes_activations = false;
-                for (uint32_t job = blockIdx.x; job < schedule.num_jobs; job += kNumCtas) begin({job, 0, 0, 0, kActivate});
+                for (uint32_t job = schedule.up.num_whole + blockIdx.x; job < schedule.num_jobs; job += kNumCtas)
+                    begin({job, 0, 0, 0, kActivate});
             }
             if (ticket >= schedule.num_tickets) break;
             Piece piece = schedule.piece(ticket);
@@ -139,8 +141,7 @@ struct WeightLoader {
 };
 
 // 96 threads: for every stage of the up phase the tokens' K tile, swizzled as wgmma reads it, and the scales; for every
-// piece of the down phase what its rows are, and for each stage the scales. Rows past the tile's last are left as they
-// are: their products are not used.
+// piece of the down phase its rows and scales. Rows past the tile's last are left as they are: their products are not used.
 struct Gatherer {
     const Params& p;
     SharedStorage& shared;
@@ -162,10 +163,9 @@ struct Gatherer {
             if (piece.phase == kUp) gather_up(piece);
             if (piece.phase == kDown) {
                 grid_dependency::wait();  // before that activations may look written that are not
-                gather_rows(piece.item, !few);
-                gather_down(piece);
+                gather_down(piece, !few);
             }
-            mbarrier::arrive(shared.queue_empty[queue.stage]);
+            mbarrier::arrive_warp(shared.queue_empty[queue.stage]);
         }
         cp_async_wait_all();
     }
@@ -197,53 +197,60 @@ struct Gatherer {
                 cp_async_4(&shared.token_scale[ring.stage][thread],
                            p.x_scale + static_cast<uint64_t>(tokens[thread]) * kNumK + k, true);
             if (thread < 2) cp_async_4(&shared.weight_scale[ring.stage][thread], w13_scale + k, true);
-            cp_async_arrive(shared.full[ring.stage]);
+            cp_async_arrive(shared.tokens_full[ring.stage]);
         }
     }
 
-    // What adding the rows of a tile to `out` takes: tokens and weights, and the activations if others compute them.
-    __device__ __forceinline__ void gather_rows(uint32_t tile_index, bool with_activations) {
-        const Tile tile = tile_at(p, shared, tile_index);
+    // What a piece takes beside its weights: their scales, the tile's rows in `out`, and the activations, or, if this CTA
+    // computes those, the tokens' weights. All of it is under way at a time: a piece can be as short as one wait for L2.
+    __device__ __forceinline__ void gather_down(const Piece& piece, bool with_activations) {
+        const Tile tile = tile_at(p, shared, piece.item);
         const uint32_t buffer = activation.stage;
         mbarrier::wait(shared.activation_empty[buffer], activation.parity ^ 1);
-        if (thread < tile.num_rows) {
-            const int32_t choice = p.sorted_choices[tile.first_row + thread];
-            const float weight = p.topk_weights[choice] * p.routed_scaling_factor;
-            shared.output_row[buffer][thread] = kDeterministic ? choice : choice / p.top_k;
-            shared.row_weight[buffer][thread] = weight;
-            if (with_activations) {
-                const float* const scales = p.activation_scales + (tile.first_row + thread) * kNumChunks;
-                for (uint32_t chunk = 0; chunk < kNumChunks; ++chunk)
-                    shared.activation_scale[buffer][chunk][thread] = exchange::load(scales + chunk) * weight;
-            }
-        }
-        if (with_activations) {
-            constexpr uint32_t kPieces = kGroupSize / 16;
-            const uint4* const rows = p.activations + static_cast<uint64_t>(tile.first_row) * kNumChunks * kPieces;
+        const float* const scales = p.w2_scale + static_cast<uint64_t>(tile.expert) * kNumK * kNumChunks;
+        const uint32_t end = min(2 * piece.last_unit, kNumK) * kNumChunks;
 #pragma unroll 1
-            for (uint32_t i = thread; i < tile.num_rows * kNumChunks * kPieces; i += kNumGatherThreads) {
-                const uint32_t row = i / (kNumChunks * kPieces), chunk = i / kPieces % kNumChunks, piece = i % kPieces;
-                uint8_t* const target = shared.activation[buffer][chunk] + row * kGroupSize + (piece ^ row % 8) * 16;
-                *reinterpret_cast<uint4*>(target) = exchange::load(rows + i);
-            }
-            fence_async_proxy();
+        for (uint32_t i = 2 * piece.first_unit * kNumChunks + thread; i < end; i += kNumGatherThreads)
+            cp_async_4(&shared.down_scale[buffer][i], scales + i, true);
+        const bool has_row = thread < tile.num_rows;
+        const int32_t choice = has_row ? p.sorted_choices[tile.first_row + thread] : 0;
+        if (with_activations) {
+            gather_activations(tile, buffer);
+        } else if (has_row) {
+            shared.row_weight[buffer][thread] = p.topk_weights[choice] * p.routed_scaling_factor;
         }
-        mbarrier::arrive(shared.activation_full[buffer]);
+        if (has_row) shared.output_row[buffer][thread] = kDeterministic ? choice : choice / p.top_k;
+        cp_async_wait_all();
+        mbarrier::arrive_warp(shared.activation_full[buffer]);
         activation.advance();
     }
 
-    __device__ __forceinline__ void gather_down(const Piece& piece) {
-        const uint32_t expert = tile_at(p, shared, piece.item).expert;
+    __device__ __forceinline__ void gather_activations(const Tile& tile, uint32_t buffer) {
+        constexpr uint32_t kAtOnce = kMaxRows <= 16 ? 2 : 4;
+        constexpr uint32_t kPieces = kGroupSize / 16;
+        const uint32_t num_scales = tile.num_rows * kNumChunks, num_pieces = num_scales * kPieces;
+        const float* const scales = p.activation_scales + static_cast<uint64_t>(tile.first_row) * kNumChunks;
+        const uint4* const rows = p.activations + static_cast<uint64_t>(tile.first_row) * kNumChunks * kPieces;
+        float scale = thread < num_scales ? exchange::load_once(scales + thread) : 0.f;
 #pragma unroll 1
-        for (uint32_t group = piece.first_unit; group < piece.last_unit; ++group) {
-            const uint32_t scale_row = group * 2 + thread;
-            const float* w2_scale = p.w2_scale + static_cast<uint64_t>(expert * kNumK + scale_row) * kNumChunks;
-            for (uint32_t chunk = 0; chunk < kNumChunks; ++chunk, ring.advance()) {
-                mbarrier::wait(shared.empty[ring.stage], ring.parity ^ 1);
-                if (thread < 2 && scale_row < kNumK)
-                    cp_async_4(&shared.weight_scale[ring.stage][thread], w2_scale + chunk, true);
-                cp_async_arrive(shared.full[ring.stage]);
+        for (uint32_t first = thread; first < num_pieces; first += kAtOnce * kNumGatherThreads) {
+            uint4 value[kAtOnce];
+            exchange::load(
+                value, [&](uint32_t i) { return first + i * kNumGatherThreads < num_pieces; },
+                [&](uint32_t i) { return rows + first + i * kNumGatherThreads; });
+#pragma unroll
+            for (uint32_t i = 0; i < kAtOnce; ++i) {
+                const uint32_t index = first + i * kNumGatherThreads;
+                const uint32_t row = index / (kNumChunks * kPieces), chunk = index / kPieces % kNumChunks;
+                uint8_t* const target = shared.activation[buffer][chunk] + row * kGroupSize;
+                if (index < num_pieces) *reinterpret_cast<uint4*>(target + (index % kPieces ^ row % 8) * 16) = value[i];
             }
+        }
+        fence_async_proxy();
+#pragma unroll 1
+        for (uint32_t i = thread; i < num_scales; i += kNumGatherThreads) {
+            if (i >= kNumGatherThreads) scale = exchange::load_once(scales + i);
+            shared.activation_scale[buffer][i % kNumChunks][i / kNumChunks] = exchange::await_written(scale, scales + i);
         }
     }
 };

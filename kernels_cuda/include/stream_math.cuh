@@ -23,23 +23,25 @@ struct Math {
 
     __device__ __forceinline__ Math(const Params& p, SharedStorage& shared) : p(p), shared(shared) {}
 
-    __device__ __forceinline__ void wait_stage() { mbarrier::wait(shared.full[ring.stage], ring.parity); }
+    __device__ __forceinline__ void wait_weights() { mbarrier::wait(shared.full[ring.stage], ring.parity); }
 
-    // Each lane arrives for itself: racecheck does not follow the order through __syncwarp().
     __device__ __forceinline__ void release_stage() {
-        mbarrier::arrive(shared.empty[ring.stage]);
+        mbarrier::arrive_warp(shared.empty[ring.stage]);
         ring.advance();
     }
 
-    // Some K tiles of one job: gate and up sums of 64 rows each, into the rows of the piece in the exchange.
+    // Some K tiles of one job: gate and up sums of 64 rows each, into the rows of the piece in the exchange. If these are
+    // all of them, on to the job's activations.
     template <uint32_t kRows>
-    __device__ __forceinline__ void project_up(const Tile& tile, const Piece& piece) {
+    __device__ __forceinline__ void project_up(const Tile& tile, const Piece& piece, bool whole) {
+        const float weight = whole ? weight_of_own_row(tile) : 0.f;
         float gate[kRows / 2], up[kRows / 2];
 #pragma unroll
         for (uint32_t i = 0; i < kRows / 2; ++i) gate[i] = up[i] = 0.f;
 #pragma unroll 1
         for (uint32_t k = piece.first_unit; k < piece.last_unit; ++k) {
-            wait_stage();
+            wait_weights();
+            mbarrier::wait(shared.tokens_full[ring.stage], ring.parity);
             fence_async_proxy();  // the tokens came by cp.async
             const uint64_t tokens = wgmma::descriptor(shared.tokens[ring.stage]);
             const uint64_t gate_rows = wgmma::descriptor(shared.weights[ring.stage][0] + warpgroup * kWarpgroupBytes);
@@ -57,6 +59,10 @@ struct Math {
             promote<kRows>(up, up_partial, token_scale, up_scale, lane);
             release_stage();
         }
+        if (whole) {
+            activate_own<kRows>(tile, gate, up);
+            return publish(tile, piece.item % kNumChunks, weight);
+        }
         float4* const part = sums(tile, piece.item % kNumChunks, piece.part) + warp * 8 + lane / 4;
 #pragma unroll
         for (uint32_t j = 0; j < kRows / 8; ++j) {
@@ -64,27 +70,87 @@ struct Math {
             for (uint32_t b = 0; b < 2; ++b) {
                 const uint32_t row = 8 * j + 2 * (lane % 4) + b;
                 if (row < tile.num_rows)
-                    exchange::store(part + row * kRowVectors,
+                    exchange::store(part + row * kMaxParts * kRowVectors,
                                     make_float4(gate[4 * j + b], gate[4 * j + 2 + b], up[4 * j + b], up[4 * j + 2 + b]));
             }
         }
+        if constexpr (kFlagged) {
+            __syncwarp();
+            if (lane == 0) exchange::signal(flags(piece.item, warp) + piece.part);
+        }
     }
 
-    // Where the sums of a piece of the up phase go.
+    // The weight in `out` of row `thread` of the tile.
+    __device__ __forceinline__ float weight_of_own_row(const Tile& tile) const {
+        if (thread >= tile.num_rows) return 0.f;
+        return p.topk_weights[p.sorted_choices[tile.first_row + thread]] * p.routed_scaling_factor;
+    }
+
+    // The activations of a job whose sums this CTA has, quantised per row, to `outgoing`.
+    template <uint32_t kRows>
+    __device__ __forceinline__ void activate_own(const Tile& tile, float (&gate)[kRows / 2], const float (&up)[kRows / 2]) {
+#pragma unroll
+        for (uint32_t j = 0; j < kRows / 8; ++j) {
+            float amax[2] = {};
+#pragma unroll
+            for (uint32_t i = 0; i < 4; ++i) {
+                gate[4 * j + i] = p.form.swiglu(gate[4 * j + i], up[4 * j + i]);
+                amax[i % 2] = fmaxf(amax[i % 2], fabsf(gate[4 * j + i]));
+            }
+#pragma unroll
+            for (uint32_t offset = 4; offset < 32; offset *= 2) {
+                amax[0] = fmaxf(amax[0], __shfl_xor_sync(~0u, amax[0], offset));
+                amax[1] = fmaxf(amax[1], __shfl_xor_sync(~0u, amax[1], offset));
+            }
+            if (lane < 4)
+                *reinterpret_cast<float2*>(&shared.row_amax[warp][8 * j + 2 * lane]) = make_float2(amax[0], amax[1]);
+        }
+        named_barrier(kMathBarrier, kNumMathThreads);
+        if (thread < tile.num_rows) {
+            float amax = 0.f;
+#pragma unroll
+            for (uint32_t w = 0; w < kNumMathWarps; ++w) amax = fmaxf(amax, shared.row_amax[w][thread]);
+            shared.outgoing_scale[thread] = p.form.scale(amax);
+        }
+        named_barrier(kMathBarrier, kNumMathThreads);
+#pragma unroll
+        for (uint32_t j = 0; j < kRows / 8; ++j) {
+#pragma unroll
+            for (uint32_t b = 0; b < 2; ++b) {
+                const uint32_t row = 8 * j + 2 * (lane % 4) + b;
+                if (row >= tile.num_rows) continue;
+                const float inverse = 1.f / shared.outgoing_scale[row];
+                const uint16_t packed = pack_e4m3x2(gate[4 * j + b] * inverse, gate[4 * j + 2 + b] * inverse);
+                uint8_t* const piece = shared.outgoing + row * kGroupSize + (warp ^ row % 8) * 16 + lane / 4;
+                piece[0] = static_cast<uint8_t>(packed);
+                piece[8] = static_cast<uint8_t>(packed >> 8);
+            }
+        }
+        named_barrier(kMathBarrier, kNumMathThreads);
+    }
+
+    // Set when the sums that `writer` had of a job are written, one for each part.
+    __device__ __forceinline__ uint32_t* flags(uint32_t job, uint32_t writer) const {
+        return p.sums_written + (job * kNumMathWarps + writer) * kFlaggedParts;
+    }
+
+    // Where the sums of a piece of the up phase go: its first row, the next one kMaxParts * kRowVectors further.
     __device__ __forceinline__ float4* sums(const Tile& tile, uint32_t chunk, uint32_t part) const {
         const uint64_t first_row = tile.first_row * kNumChunks + chunk * tile.num_rows;
-        return p.sums + (first_row * kMaxParts + part * tile.num_rows) * kRowVectors;
+        return p.sums + (first_row * kMaxParts + part) * kRowVectors;
     }
 
     // The activations of a job from its num_parts parts, quantised per row: `target` as wgmma reads them, and their scales.
-    // kPasses rows per group of 64 threads at a time, kParts parts in flight.
-    template <uint32_t kPasses, uint32_t kParts>
-    __device__ __forceinline__ void activate(const Tile& tile, uint32_t chunk, uint32_t num_parts, uint8_t* target,
+    // kPasses rows per group of 64 threads at a time, and up to 16 vectors in flight.
+    template <uint32_t kPasses>
+    __device__ __forceinline__ void activate(const Tile& tile, uint32_t job, uint32_t num_parts, uint8_t* target,
                                              float* target_scale, const float* row_weight) {
+        constexpr uint32_t kParts = kMaxParts == 4 || kPasses == 4 ? 4 : kPasses == 2 ? 6 : 8;
         constexpr uint32_t kRowsAtOnce = kNumMathThreads / kRowVectors;
         const uint32_t vector = thread % kRowVectors, first_row = thread / kRowVectors;
         const uint32_t channel = vector / 32 * 64 + vector / 8 % 4 * 16 + vector % 8;  // and channel + 8
-        const float4* const parts = sums(tile, chunk, 0) + vector;
+        const float4* const parts = sums(tile, job % kNumChunks, 0) + vector;
+        if constexpr (kFlagged) exchange::await(reinterpret_cast<const uint4*>(flags(job, vector / 8)), num_parts);
 #pragma unroll 1
         for (uint32_t base = 0; base < tile.num_rows; base += kPasses * kRowsAtOnce) {
             float4 sum[kPasses];
@@ -93,11 +159,18 @@ struct Math {
 #pragma unroll 1
             for (uint32_t first_part = 0; first_part < num_parts; first_part += kParts) {
                 float4 value[kPasses * kParts];
-                exchange::load(value, [&](uint32_t i) -> const float4* {
+                const float4* const first = parts + ((base + first_row) * kMaxParts + first_part) * kRowVectors;
+                const auto wanted = [&](uint32_t i) {
                     const uint32_t row = base + i / kParts * kRowsAtOnce + first_row, part = first_part + i % kParts;
-                    if (row >= tile.num_rows || part >= num_parts) return nullptr;
-                    return parts + (part * tile.num_rows + row) * kRowVectors;
-                });
+                    return row < tile.num_rows && part < num_parts;
+                };
+                const auto address = [&](uint32_t i) {
+                    return first + (i / kParts * kRowsAtOnce * kMaxParts + i % kParts) * kRowVectors;
+                };
+                if constexpr (kFlagged)
+                    exchange::load_flagged(value, wanted, address);
+                else
+                    exchange::load(value, wanted, address);
 #pragma unroll
                 for (uint32_t pass = 0; pass < kPasses; ++pass)
 #pragma unroll
@@ -132,18 +205,22 @@ struct Math {
         }
     }
 
-    __device__ __forceinline__ void activate_fitting(const Tile& tile, uint32_t chunk, uint32_t num_parts, uint8_t* target,
+    __device__ __forceinline__ void activate_fitting(const Tile& tile, uint32_t job, uint32_t num_parts, uint8_t* target,
                                                      float* target_scale, const float* row_weight) {
         if (tile.num_rows <= 4)
-            activate<1, kPartsAtOnce>(tile, chunk, num_parts, target, target_scale, row_weight);
+            activate<1>(tile, job, num_parts, target, target_scale, row_weight);
+        else if (tile.num_rows <= 8)
+            activate<2>(tile, job, num_parts, target, target_scale, row_weight);
         else
-            activate<4, 2>(tile, chunk, num_parts, target, target_scale, row_weight);
+            activate<4>(tile, job, num_parts, target, target_scale, row_weight);
     }
 
-    // Hands the activations of a job, in `outgoing`, to all CTAs.
-    __device__ __forceinline__ void publish(const Tile& tile, uint32_t chunk) {
+    // Hands the activations of a job, in `outgoing`, to all CTAs: thread `row` has that row's weight in `out`. `outgoing` is
+    // free again after the first barrier of what fills it next.
+    __device__ __forceinline__ void publish(const Tile& tile, uint32_t chunk, float weight) {
         if (thread < tile.num_rows)
-            exchange::store(p.activation_scales + (tile.first_row + thread) * kNumChunks + chunk, shared.outgoing_scale[thread]);
+            exchange::store(p.activation_scales + (tile.first_row + thread) * kNumChunks + chunk,
+                            shared.outgoing_scale[thread] * weight);
         constexpr uint32_t kPieces = kGroupSize / 16;
         uint4* const rows = p.activations + (static_cast<uint64_t>(tile.first_row) * kNumChunks + chunk) * kPieces;
 #pragma unroll 1
@@ -151,7 +228,7 @@ struct Math {
             const uint32_t row = i / kPieces, piece = i % kPieces;
             const uint8_t* const source = shared.outgoing + row * kGroupSize + (piece ^ row % 8) * 16;
             exchange::store(rows + row * kNumChunks * kPieces + piece, *reinterpret_cast<const uint4*>(source));
-        }  // `outgoing` is free again after the first barrier of the next activate()
+        }
     }
 
     __device__ __forceinline__ static void add(float4& sum, const float4& value) {
@@ -169,7 +246,7 @@ struct Math {
             if (first_column >= kHiddenSize) {  // the last group may be half
 #pragma unroll 1
                 for (uint32_t chunk = 0; chunk < kNumChunks; ++chunk) {
-                    wait_stage();
+                    wait_weights();
                     release_stage();
                 }
                 continue;
@@ -179,13 +256,13 @@ struct Math {
             for (uint32_t i = 0; i < kRows / 2; ++i) sums[0][i] = sums[1][i] = 0.f;
 #pragma unroll 1
             for (uint32_t chunk = 0; chunk < kNumChunks; ++chunk) {
-                wait_stage();
+                wait_weights();
                 float partial[2][kRows / 2];
                 const uint64_t activation = wgmma::descriptor(shared.activation[buffer][chunk]);
                 const uint64_t rows = wgmma::descriptor(shared.weights[ring.stage][warpgroup]);
                 wgmma::multiply_k128<kRows>(partial[0], rows, activation);
                 wgmma::multiply_k128<kRows>(partial[1], rows + (kWarpgroupBytes >> 4), activation);
-                const float weight_scale = shared.weight_scale[ring.stage][warpgroup];
+                const float weight_scale = shared.down_scale[buffer][(2 * group + warpgroup) * kNumChunks + chunk];
                 wgmma::wait<0>();
                 wgmma::pin(partial[0]);
                 wgmma::pin(partial[1]);
@@ -222,10 +299,10 @@ struct Math {
 
     // project_up() and project_down() with the least height that holds the tile's rows, kRows or more.
     template <uint32_t kRows = 8>
-    __device__ __forceinline__ void project_up_fitting(const Tile& tile, const Piece& piece) {
+    __device__ __forceinline__ void project_up_fitting(const Tile& tile, const Piece& piece, bool whole) {
         if constexpr (kRows < kMaxRows)
-            if (tile.num_rows > kRows) return project_up_fitting<next_height(kRows)>(tile, piece);
-        project_up<kRows>(tile, piece);
+            if (tile.num_rows > kRows) return project_up_fitting<next_height(kRows)>(tile, piece, whole);
+        project_up<kRows>(tile, piece, !kDeterministic && whole);
     }
 
     template <uint32_t kRows = 8>
@@ -244,10 +321,10 @@ struct Math {
             const Piece piece = shared.queue[queue.stage];
             if (piece.phase == kEnd) break;
             if (piece.phase == kUp)
-                project_up_fitting(tile_at(p, shared, piece.item / kNumChunks), piece);
+                project_up_fitting(tile_at(p, shared, piece.item / kNumChunks), piece, piece.item < schedule.up.num_whole);
             else
                 finish(piece, schedule);
-            mbarrier::arrive(shared.queue_empty[queue.stage]);
+            mbarrier::arrive_warp(shared.queue_empty[queue.stage]);
         }
     }
 
@@ -258,18 +335,19 @@ struct Math {
         const uint32_t num_jobs = for_all ? 1 : schedule.few ? kNumChunks : 0;
         const Tile tile = tile_at(p, shared, first_job / kNumChunks);
         const uint32_t buffer = activation.stage;
+        const float weight = for_all ? weight_of_own_row(tile) : 0.f;  // asked for before the wait for sums
         if (!for_all) mbarrier::wait(shared.activation_full[buffer], activation.parity);
 #pragma unroll 1
         for (uint32_t job = first_job; job < first_job + num_jobs; ++job) {
             const uint32_t chunk = job % kNumChunks;
-            activate_fitting(tile, chunk, schedule.up.num_parts(job),
+            activate_fitting(tile, job, schedule.up.num_parts(job),
                              for_all ? shared.outgoing : shared.activation[buffer][chunk],
                              for_all ? shared.outgoing_scale : shared.activation_scale[buffer][chunk],
                              for_all ? nullptr : shared.row_weight[buffer]);
         }
-        if (for_all) return publish(tile, first_job % kNumChunks);
+        if (for_all) return publish(tile, first_job % kNumChunks, weight);
         project_down_fitting(tile, piece);
-        mbarrier::arrive(shared.activation_empty[buffer]);
+        mbarrier::arrive_warp(shared.activation_empty[buffer]);
         activation.advance();
     }
 };

@@ -24,11 +24,12 @@ struct Params {
     const int32_t* sorted_choices;
     const Tile* tiles;  // [1 + tile_capacity]; the first entry is {number of tiles, ...}
     const float* topk_weights;
+    float4* sums;  // kMaxParts * kNumChunks rows of kRowVectors for each choice; unless kFlagged ones in every bit
     // Ones in every bit when `out` is zero:
     uint32_t* ticket_counter;
-    float4* sums;               // kMaxParts * kNumChunks rows of kRowVectors for each choice
+    uint32_t* sums_written;     // kFlagged: [jobs][kNumMathWarps][kFlaggedParts]
     uint4* activations;         // e4m3 [choices, I], in the order of sorted_choices
-    float* activation_scales;   // [choices, kNumChunks]
+    float* activation_scales;   // [choices, kNumChunks], times the token's weight in `out`
     uint16_t* out;  // deterministic: [choices, H], written and not added to
     ActivationForm form;
     float routed_scaling_factor;
@@ -51,11 +52,14 @@ struct SharedStorage {
     float row_weight[2][kMaxRows];
     int32_t output_row[2][kMaxRows];
     float weight_scale[kNumStages][2];
+    float down_scale[2][kNumK * kNumChunks];  // of the columns of a piece
     float amax[4][kNumMathWarps];
+    alignas(8) float row_amax[kNumMathWarps][kMaxRows];
     Piece queue[kQueueSize];
     int32_t gathered_token[2][kMaxRows];
     uint32_t num_tiles;
-    uint64_t full[kNumStages];
+    uint64_t full[kNumStages];         // weights
+    uint64_t tokens_full[kNumStages];  // and, in the up phase, tokens and scales
     uint64_t empty[kNumStages];
     uint64_t queue_full[kQueueSize];
     uint64_t queue_empty[kQueueSize];

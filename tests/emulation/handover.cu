@@ -16,7 +16,7 @@ extern "C" __global__ void handover(const __grid_constant__ Params p) {
     if (threadIdx.x == 0) {
         held = make_uint2(100 + cta, 0);
         if (kFault != kNeverStores || cta != 0) exchange::store(p.words + cta, static_cast<float>(cta));
-        p.neighbour[2 * cta] = exchange::load(p.words + (cta + 1) % gridDim.x);
+        p.neighbour[2 * cta] = exchange::await_written(exchange::load_once(p.words + (cta + 1) % gridDim.x), p.words + (cta + 1) % gridDim.x);
     }
     cluster::sync();
     if (threadIdx.x == 0)

@@ -173,6 +173,10 @@ inline void cp_async_16(void* destination, const void* source, bool valid, EMULA
     emulation::cp_async(destination, source, 16, valid, where);
 }
 
+inline void cp_async_16(uint32_t destination, const void* source, bool valid, EMULATED_WHERE) {
+    emulation::cp_async(emulation::shared_byte(*emulation::current->cta, destination), source, 16, valid, where);
+}
+
 inline void cp_async_4(void* destination, const void* source, bool valid, EMULATED_WHERE) {
     emulation::cp_async(destination, source, 4, valid, where);
 }

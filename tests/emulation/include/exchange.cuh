@@ -41,18 +41,22 @@ T load_once(const T* address, EMULATED_WHERE) {
 }
 
 template <typename T>
-T load(const T* address, EMULATED_WHERE) {
-    T value = load_once(address, where);
+T await_written(T value, const T* address, EMULATED_WHERE) {
     while (!written(value)) value = load_once(address, where);
     return value;
 }
 
-template <uint32_t kCount, typename Address>
-void load(float4 (&value)[kCount], Address address, EMULATED_WHERE) {
+template <typename T, uint32_t kCount, typename Wanted, typename Address>
+void load(T (&value)[kCount], Wanted wanted, Address address, EMULATED_WHERE) {
     for (uint32_t i = 0; i < kCount; ++i) {
-        const float4* const source = address(i);
-        value[i] = source == nullptr ? make_float4(0.f, 0.f, 0.f, 0.f) : load(source, where);
+        value[i] = T{};
+        if (wanted(i)) value[i] = await_written(load_once(address(i), where), address(i), where);
     }
+}
+
+template <typename T, uint32_t kCount, typename Wanted, typename Address>
+void load_flagged(T (&value)[kCount], Wanted wanted, Address address) {
+    for (uint32_t i = 0; i < kCount; ++i) value[i] = wanted(i) ? *address(i) : T{};
 }
 
 // A flag for what this CTA wrote before.
@@ -62,10 +66,14 @@ inline void signal(uint32_t* flag, EMULATED_WHERE) {
 }
 
 inline void await(const uint32_t* flag, EMULATED_WHERE) {
-    while (*flag == 0) {
+    while (*flag != 1) {
         emulation::launch->poll(where);
-        if (*flag != 0) emulation::launch->poll_succeeded();
+        if (*flag == 1) emulation::launch->poll_succeeded();
     }
+}
+
+inline void await(const uint4* flags, uint32_t num_flags, EMULATED_WHERE) {
+    for (uint32_t flag = 0; flag < num_flags; ++flag) await(reinterpret_cast<const uint32_t*>(flags) + flag, where);
 }
 
 }  // namespace exchange

@@ -85,6 +85,10 @@ inline void arrive(uint64_t& barrier, EMULATED_WHERE) {
     emulation::launch->interrupt();
 }
 
+constexpr uint32_t kArrivalsPerWarp = 32;
+
+inline void arrive_warp(uint64_t& barrier, EMULATED_WHERE) { arrive(barrier, where); }
+
 inline void arrive_expect_bytes(uint64_t& barrier, uint32_t num_bytes, EMULATED_WHERE) {
     emulation::arrive(emulation::mbarrier_at(barrier, where), num_bytes, where);
     emulation::launch->interrupt();
