@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import torch
 
-from kernels_cuda import activation_form, sm90_combine, sm90_fill, sm90_prologue, tma
+from kernels_cuda import activation_form, sm90_combine, sm90_fill, sm90_prologue, tma, workspace
 from kernels_cuda import compile as cuda_compile
 from kernels_cuda.compile import Cubin, compile_kernel
 from kernels_cuda.launch import Kernel, load, pointer
@@ -32,6 +32,8 @@ MAX_STAGES = 5
 MAX_CLUSTERS = 128
 MOST_SLAB_CHUNKS = 2
 """Up to so many chunks of 128 channels the weights of a slab of columns stay in shared memory."""
+MOST_ROWS_OF_LOW_TILES = 100
+"""Of an expert, on average: with more, tiles of 192 rows beat tiles of 128 (measured at 72, 80, 144 and 287 rows)."""
 JOB_ROWS = 448
 MAX_HIDDEN_SIZE = 32_640
 """Keeps x_q of 131072 tokens under 2^32 bytes."""
@@ -199,27 +201,22 @@ class Prepared:
 
 
 class Workspace:
-    """What the kernels of one call hand each other."""
+    """What the kernels of one call hand each other: `parts` by name, of which `zeroed` are zero before the first."""
 
     def __init__(
         self, shape: MoEShape, num_tokens: int, max_rows: int, num_clusters: int, device: torch.device
     ) -> None:
         num_choices, num_chunks = num_tokens * shape.top_k, shape.intermediate_size // GROUP_SIZE
         self.num_h_rows = num_h_rows(num_choices, shape.num_experts)
-        sizes = {
-            "ticket_counter": 16,
-            "up_written": FLAG_BYTES,
-            "down_written": FLAG_BYTES,
+        zeroed = {"ticket_counter": 16, "up_written": FLAG_BYTES, "down_written": FLAG_BYTES}
+        others = {
             "part_sums": num_clusters * max_rows * 1024,
             "jobs": 16 * (1 + job_capacity(num_choices, shape.num_experts)),
             "h": self.num_h_rows * shape.intermediate_size,
-            "h_scale": self.num_h_rows * num_chunks * 4,
-            "destination": self.num_h_rows * 4,
+            "h_scale": -(-self.num_h_rows * num_chunks * 4 // 16) * 16,
+            "destination": -(-self.num_h_rows * 4 // 16) * 16,
         }
-        whole = torch.empty(sum(sizes.values()), dtype=torch.uint8, device=device)
-        self.parts = dict(zip(sizes, whole.split(list(sizes.values())), strict=True))
-        self.zeroed = whole[: 16 + 2 * FLAG_BYTES]
-        """The parts that are zero before the first kernel."""
+        self.parts, self.zeroed = workspace.carve(zeroed, others, device)
 
 
 @register
@@ -257,8 +254,11 @@ class SM90Prefill(Variant):
             downs = [{"num_warpgroups": 2, "block_n": 128}]
             if shape.intermediate_size == GROUP_SIZE:
                 downs.insert(0, {"num_warpgroups": 3, "block_n": 64})
+        hit = max(shape.expected_experts_hit(num_tokens), 1.0)
+        rows = num_tokens * (shape.top_k - shape.num_shared_experts) / hit
+        heights = (128, 192) if rows <= MOST_ROWS_OF_LOW_TILES else (192, 128)
         for down in downs:
-            for max_rows in (192, 128):
+            for max_rows in heights:
                 yield Config(max_rows=max_rows, **down)
 
     def prepare(self, weights: MoEWeights) -> Prepared:
@@ -306,14 +306,14 @@ class SM90Prefill(Variant):
         shape, max_rows = prepared.weights.shape, config.integer("max_rows")
         up_kernel, down_kernel = prepared.pair(config)
         num_clusters = min(up_kernel.max_clusters, MAX_CLUSTERS)
-        workspace = Workspace(shape, inputs.num_tokens, max_rows, num_clusters, out.device)
+        space = Workspace(shape, inputs.num_tokens, max_rows, num_clusters, out.device)
         up = _UpParams.from_buffer_copy(prepared.up_params)
         tiled = inputs.aligned
         if isinstance(tiled, TiledRouting) and tiled.max_rows == max_rows and inputs.x_q is not None:
             x_q, x_scale = inputs.x_q, inputs.x_scale
-            sm90_fill.launch(zeros=workspace.zeroed, ones=workspace.zeroed[:0])
+            sm90_fill.launch(zeros=space.zeroed, ones=space.zeroed[:0])
         else:
-            tiled, x_q, x_scale = self._prologue(prepared, inputs, workspace, max_rows)
+            tiled, x_q, x_scale = self._prologue(prepared, inputs, space, max_rows)
         target = out
         if self.deterministic:
             target = torch.empty(inputs.topk_ids.numel(), shape.hidden_size, dtype=out.dtype, device=out.device)
@@ -322,20 +322,20 @@ class SM90Prefill(Variant):
         up.x_q, up.x_scale = pointer(x_q), pointer(x_scale)
         up.sorted_choices, up.tiles = pointer(tiled.sorted_choices), pointer(tiled.tiles)
         up.topk_weights, up.routed_scaling_factor = pointer(inputs.topk_weights), inputs.routed_scaling_factor
-        up.part_written = pointer(workspace.parts["up_written"])
+        up.part_written = pointer(space.parts["up_written"])
         down = type(prepared.down_params).from_buffer_copy(prepared.down_params)
         down.out = pointer(target)
         for params in (up, down):
-            params.num_h_rows = workspace.num_h_rows
+            params.num_h_rows = space.num_h_rows
             for name in ("h", "h_scale", "destination"):
-                setattr(params, name, pointer(workspace.parts[name]))
-        up.jobs, up.part_sums = pointer(workspace.parts["jobs"]), pointer(workspace.parts["part_sums"])
+                setattr(params, name, pointer(space.parts[name]))
+        up.jobs, up.part_sums = pointer(space.parts["jobs"]), pointer(space.parts["part_sums"])
         if isinstance(down, _DownWideParams):
             down.tiles, down.part_sums = up.tiles, up.part_sums
-            down.part_written = pointer(workspace.parts["down_written"])
+            down.part_written = pointer(space.parts["down_written"])
             num_down_ctas = min(down_kernel.max_clusters, num_clusters) * CLUSTER_SIZE
         else:
-            down.jobs, down.ticket_counter = up.jobs, pointer(workspace.parts["ticket_counter"])
+            down.jobs, down.ticket_counter = up.jobs, pointer(space.parts["ticket_counter"])
             num_down_ctas = down_kernel.max_clusters
         up_kernel.launch(up, num_clusters * CLUSTER_SIZE, overlap_previous=True)
         down_kernel.launch(down, num_down_ctas, overlap_previous=True)
@@ -343,7 +343,7 @@ class SM90Prefill(Variant):
             sm90_combine.launch(target, inputs.topk_ids, shape.num_experts, out)
 
     def _prologue(
-        self, prepared: Prepared, inputs: MoEInputs, workspace: Workspace, max_rows: int
+        self, prepared: Prepared, inputs: MoEInputs, space: Workspace, max_rows: int
     ) -> tuple[TiledRouting, torch.Tensor, torch.Tensor]:
         """One launch for whatever is missing: tile the routing, quantise x, zero the workspace's flags."""
         shape, topk_ids = prepared.weights.shape, inputs.topk_ids
@@ -353,7 +353,7 @@ class SM90Prefill(Variant):
             x = inputs.tokens
             x_q, x_scale = sm90_prologue.empty_quantised(x)
         sm90_prologue.launch(
-            out=workspace.zeroed,
+            out=space.zeroed,
             x=x,
             quantised=(x_q, x_scale),
             topk_ids=topk_ids,
@@ -366,7 +366,7 @@ class SM90Prefill(Variant):
     def sources(self) -> tuple[Path, ...]:
         folder = Path(__file__).parent
         kernels = (UP, DOWN, DOWN_WIDE, sm90_prologue.KERNEL, sm90_fill.KERNEL, sm90_combine.KERNEL)
-        modules = ("sm90_prefill", *kernels[3:], "activation_form", "launch", "compile", "tma")
+        modules = ("sm90_prefill", *kernels[3:], "activation_form", "workspace", "launch", "compile", "tma")
         files = {path for kernel in kernels for path in cuda_compile.sources(kernel)}
         return (*(folder / f"{name}.py" for name in modules), *sorted(files))
 

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import torch
 
-from kernels_cuda import activation_form, sm90_combine, sm90_fill, sm90_prologue
+from kernels_cuda import activation_form, sm90_combine, sm90_fill, sm90_prologue, workspace
 from kernels_cuda import compile as cuda_compile
 from kernels_cuda.activation_form import ActivationForm
 from kernels_cuda.compile import Cubin, compile_kernel
@@ -230,7 +230,7 @@ class SM90Stream(Variant):
     def sources(self) -> tuple[Path, ...]:
         folder = Path(__file__).parent
         others = (sm90_prologue.KERNEL, sm90_fill.KERNEL, sm90_combine.KERNEL)
-        names = ("sm90_stream", *others, "activation_form", "weight_tiles", "launch", "compile")
+        names = ("sm90_stream", *others, "activation_form", "weight_tiles", "workspace", "launch", "compile")
         python = tuple(folder / f"{name}.py" for name in names)
         return (*python, *cuda_compile.sources(KERNEL), *(cuda_compile.sources(kernel)[0] for kernel in others))
 
@@ -253,23 +253,24 @@ class SM90StreamDeterministic(SM90Stream):
 
 
 class Exchange:
-    """What CTAs hand each other in one call, as sm90_stream.cu says."""
+    """What CTAs hand each other in one call, as sm90_stream.cu says: `parts` by name, of which `marked` holds ones in
+    every bit before."""
 
     def __init__(self, shape: MoEShape, num_tokens: int, config: Config, device: torch.device) -> None:
         num_choices, num_chunks = num_tokens * shape.top_k, scale_blocks(shape.intermediate_size)
         max_parts, flagged = config.integer("max_parts"), config.integer("max_parts") == FLAGGED_PARTS
         num_jobs = tile_capacity(num_choices, config.integer("max_rows"), shape.num_experts) * num_chunks
-        sizes = {
+        sums = {"sums": num_choices * num_chunks * max_parts * SUMS_ROW_BYTES}
+        marked = {
             "ticket_counter": 16,
             "sums_written": num_jobs * FLAG_BYTES if flagged else 0,
             "activations": num_choices * num_chunks * GROUP_SIZE,
             "activation_scales": -(-num_choices * num_chunks * 4 // 16) * 16,
-            "sums": num_choices * num_chunks * max_parts * SUMS_ROW_BYTES,
         }
-        whole = torch.empty(sum(sizes.values()), dtype=torch.uint8, device=device)
-        self.parts = dict(zip(sizes, whole.split(list(sizes.values())), strict=True))
-        self.marked = whole[: whole.numel() - sizes["sums"]] if flagged else whole
-        """What holds ones in every bit before."""
+        if flagged:
+            self.parts, self.marked = workspace.carve(marked, sums, device)
+        else:
+            self.parts, self.marked = workspace.carve(marked | sums, {}, device)
 
 
 def max_rows_that_fit(shape: MoEShape) -> list[int]:

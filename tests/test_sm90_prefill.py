@@ -34,6 +34,11 @@ def test_configs_differ_and_name_a_down_phase_where_there_is_a_choice(shape: MoE
     assert all(("num_warpgroups" in config) != is_wide(shape) for config in configs)
 
 
+def test_tiles_are_low_where_an_expert_has_few_rows() -> None:
+    first = [next(iter(SM90Prefill().configs(NARROW[0], tokens)))["max_rows"] for tokens in (1024, 2048, 4096, 8192)]
+    assert first == [128, 128, 192, 192]
+
+
 @pytest.mark.parametrize(
     ("shape", "reason"),
     [
@@ -71,8 +76,9 @@ def emulate(
         (Workload(MoEShape(3, 512, 128, 2), 260, dropped=0.4), False),
         (Workload(MoEShape(2, 640, 256, 2), 40, RoutingLaw.parse("one-expert")), True),
         (Workload(MoEShape(4, 1152, 384, 2), 33), False),
+        (Workload(MoEShape(2, 7168, 128, 1), 9, RoutingLaw.parse("one-expert")), True),
     ],
-    ids=["aligned ahead", "choices dropped", "two chunks", "wide"],
+    ids=["aligned ahead", "choices dropped", "two chunks", "wide", "an item shared by two clusters"],
 )
 def test_it_is_right_under_any_interleaving(workload: Workload, aligned_ahead: bool) -> None:
     for seed, config in enumerate(SM90Prefill().configs(workload.shape, workload.num_tokens)):

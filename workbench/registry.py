@@ -26,6 +26,8 @@ BUILT_IN_MODULES = (
     "kernels_torch.grouped",
     "kernels_triton.grouped",
     "kernels_cuda.sm90_fused",
+    "kernels_cuda.sm90_stream",
+    "kernels_cuda.sm90_prefill",
 )
 
 

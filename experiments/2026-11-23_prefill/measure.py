@@ -20,7 +20,6 @@ import torch
 from kernels_cuda import sm90_prefill as sp
 from workbench.models import shape_of_alias
 from workbench.problem import MoEShape, RoutingLaw, Workload
-from workbench.variant import Config
 
 SHAPES = (
     MoEShape(8, 256, 128, 2),

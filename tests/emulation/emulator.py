@@ -32,7 +32,7 @@ from unittest.mock import patch
 import torch
 
 from kernels_cuda import compile as cuda_compile
-from kernels_cuda import tma
+from kernels_cuda import tma, workspace
 
 FOLDER = Path(__file__).parent
 COMPILER = "g++"
@@ -45,6 +45,8 @@ SMEM_BYTES_PER_SM = 233_472
 RESERVED_SMEM_BYTES = 1024
 THREADS_PER_SM = 2048
 TENSOR_BOX_TAG = 0x5445_4E53_4F52_4D41
+GUARD_BYTES = 1 << 16
+GUARD_BYTE = 0xA5
 
 
 class EmulationError(Exception):
@@ -187,6 +189,8 @@ class Device:
     last_triggers_early: bool = False
     alive: list[torch.Tensor] = field(default_factory=list)
     num_launches: int = 0
+    guards: list[tuple[str, torch.Tensor]] = field(default_factory=list)
+    """Bytes behind the parts of workspaces, which no kernel may write, and whose."""
 
     def launch(self, kernel: Kernel, params: ctypes.Structure, num_ctas: int, overlap_previous: bool) -> None:
         if not (overlap_previous and self.last_triggers_early):
@@ -205,6 +209,21 @@ class Device:
         self._run(chain, errors)
         if errors:
             raise errors[0]
+        for part, guard in self.guards:
+            if (guard != GUARD_BYTE).any():
+                raise EmulationError(f"a kernel wrote over the end of {part}")
+
+    def carve(
+        self, filled: Mapping[str, int], others: Mapping[str, int], device: torch.device
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """As kernels_cuda.workspace.carve, with a guard behind the filled parts and behind each other one."""
+        groups = {" or ".join(filled): sum(filled.values()), **others}
+        whole = _poisoned_empty(sum(groups.values()) + GUARD_BYTES * len(groups), dtype=torch.uint8, device=device)
+        pieces = whole.split([size for group in groups.values() for size in (group, GUARD_BYTES)])
+        for name, guard in zip(groups, pieces[1::2], strict=True):
+            self.guards.append((name, guard.fill_(GUARD_BYTE)))
+        parts = dict(zip(filled, pieces[0].split(list(filled.values())), strict=True))
+        return parts | dict(zip(others, pieces[2::2], strict=True)), pieces[0]
 
     def _run(self, chain: Sequence[Callable[[object], None]], errors: list[EmulationError]) -> None:
         if not chain:
@@ -300,6 +319,7 @@ def emulated(num_sms: int = 6, seed: int = 0) -> Iterator[Device]:
                 if hasattr(module, name):
                     stack.enter_context(patch.object(module, name, replacement))
         stack.enter_context(patch.object(tma, "encode", tensor_map))
+        stack.enter_context(patch.object(workspace, "carve", gpu.carve))
         stack.enter_context(patch.object(torch, "empty", _poisoned_empty))
         stack.enter_context(patch.object(torch, "empty_like", _poisoned_empty_like))
         stack.enter_context(patch("torch.cuda.get_device_properties", lambda _: properties))
