@@ -4,7 +4,8 @@ NVRTC runs in a child process, because some inputs make it crash. The cubin is k
 holds a digest of the source, every header, the options and the compiler's version: CuPy memoises modules by path, and
 so no two builds share one.
 
-The folder is MOE_WORKBENCH_CACHE, or ~/.cache/moe-workbench.
+The folder is MOE_WORKBENCH_CACHE, or ~/.cache/moe-workbench. With MOE_WORKBENCH_RACECHECK=1 kernels are built so that
+compute-sanitizer's racecheck can follow their barriers (include/mbarrier.cuh).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,11 +73,19 @@ def sources(kernel: str) -> tuple[Path, ...]:
     return (source, *sorted(headers))
 
 
+def variant_sources(modules: Iterable[str], kernels: Iterable[str]) -> tuple[Path, ...]:
+    """What a variant depends on: these modules of the package and kernels with their headers, and their building."""
+    python = [SOURCE_FOLDER / f"{name}.py" for name in (*modules, "sm90", "launch", "compile")]
+    return tuple(dict.fromkeys([*python, *(path for kernel in kernels for path in sources(kernel))]))
+
+
 def compile_kernel(kernel: str, defines: Mapping[str, int]) -> Cubin:
     """Compile `<kernel>.cu`, whose entry point has the same name, with `-D` for each of `defines`.
 
     Raises CompileError with NVRTC's log, or saying how the compiler's process ended.
     """
+    if os.environ.get("MOE_WORKBENCH_RACECHECK") == "1":
+        defines = {**defines, "EACH_LANE_ARRIVES": 1}
     return _compile(kernel, tuple(sorted(defines.items())), _cache_folder())
 
 

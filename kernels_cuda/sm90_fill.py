@@ -40,10 +40,11 @@ def warm(device: torch.device) -> None:
     _kernel(device)
 
 
-def launch(*, zeros: torch.Tensor, ones: torch.Tensor) -> None:
+def launch(*, zeros: torch.Tensor, ones: torch.Tensor | None = None) -> None:
     """Clear every bit of `zeros` and set every bit of `ones`, in one launch on the current stream. Both contiguous and
     a multiple of 16 bytes."""
     kernel = _kernel(zeros.device)
-    num_zeros, num_ones = zeros.nbytes // VECTOR_BYTES, ones.nbytes // VECTOR_BYTES
+    num_zeros = zeros.nbytes // VECTOR_BYTES
+    num_ones = 0 if ones is None else ones.nbytes // VECTOR_BYTES
     num_ctas = min(-(-max(num_zeros, num_ones) // NUM_THREADS), kernel.max_clusters // CTAS_PER_SM)
     kernel.launch(_Params(pointer(zeros), pointer(ones), num_zeros, num_ones), num_ctas, overlap_previous=False)

@@ -15,11 +15,12 @@ from typing import ClassVar
 
 import torch
 
-from kernels_cuda import activation_form, sm90_prologue, tma
+from kernels_cuda import activation_form, sm90, sm90_prologue, tma
 from kernels_cuda import compile as cuda_compile
 from kernels_cuda.activation_form import ActivationForm
 from kernels_cuda.compile import Cubin, compile_kernel
 from kernels_cuda.launch import Kernel, load, pointer
+from kernels_cuda.sm90 import NUM_SMS, SMEM_BYTES
 from reference.quant import GROUP_SIZE
 from reference.routing import AlignedRouting
 from workbench.problem import MoEInputs, MoEShape, MoEWeights
@@ -27,8 +28,6 @@ from workbench.variant import Backend, CompileReport, Config, Support, Variant, 
 
 KERNEL = "sm90_fused"
 NUM_THREADS = 384
-NUM_SMS = 132
-SMEM_BYTES = 232_448  # what a CTA can have on sm_90
 WEIGHT_TILE_BYTES = 2 * 128 * 128
 MAX_STAGES = 6
 BLOCKS = (8, 16, 24, 32, 48, 64, 96, 128)
@@ -117,11 +116,7 @@ class SM90Fused(Variant):
 
     def supports_device(self, device: torch.device) -> Support:
         """supports(), the shape left aside."""
-        if device.type != "cuda":
-            return Support.no("needs a GPU of compute capability 9.0; without one it is compiled only")
-        if torch.cuda.get_device_capability(device) != (9, 0):
-            return Support.no(f"needs compute capability 9.0, got {torch.cuda.get_device_capability(device)}")
-        return Support.yes()
+        return sm90.supports_device(device)
 
     def supports_shape(self, shape: MoEShape) -> Support:
         """supports(), the device left aside."""
@@ -286,12 +281,8 @@ class SM90Fused(Variant):
         return x_q, x_scale, aligned
 
     def sources(self) -> tuple[Path, ...]:
-        folder = Path(__file__).parent
-        python = tuple(
-            folder / f"{name}.py"
-            for name in ("sm90_fused", "sm90_prologue", "activation_form", "launch", "compile", "tma")
-        )
-        return (*python, *cuda_compile.sources(KERNEL), *cuda_compile.sources(sm90_prologue.KERNEL)[:1])
+        modules = ("sm90_fused", sm90_prologue.KERNEL, "activation_form", "tma")
+        return cuda_compile.variant_sources(modules, (KERNEL, sm90_prologue.KERNEL))
 
     def compile(self, shape: MoEShape, configs: Iterable[Config]) -> list[CompileReport]:
         reports = [sm90_prologue.compiled().report(Config(), 0)]

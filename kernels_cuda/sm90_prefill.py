@@ -7,7 +7,6 @@ Weights stay in the layout they are served in: `prepare` only describes them to 
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,17 +14,16 @@ from typing import ClassVar
 
 import torch
 
-from kernels_cuda import activation_form, sm90_combine, sm90_fill, sm90_prologue, tma, workspace
+from kernels_cuda import activation_form, sm90, sm90_combine, sm90_fill, sm90_prologue, tiled_inputs, tma, workspace
 from kernels_cuda import compile as cuda_compile
 from kernels_cuda.compile import Cubin, compile_kernel
 from kernels_cuda.launch import Kernel, load, pointer
+from kernels_cuda.sm90 import SMEM_BYTES
 from reference.quant import GROUP_SIZE
-from reference.routing import TiledRouting
 from workbench.problem import MoEInputs, MoEShape, MoEWeights
 from workbench.variant import Backend, CompileReport, Config, Support, Variant, register
 
 UP, DOWN, DOWN_WIDE = "sm90_prefill_up", "sm90_prefill_down", "sm90_prefill_down_wide"
-SMEM_BYTES = 232_448  # what a CTA can have on sm_90
 CLUSTER_SIZE = 2
 GROUPED_THREADS = 384
 MAX_STAGES = 5
@@ -227,11 +225,7 @@ class SM90Prefill(Variant):
     backend: ClassVar[Backend] = "cuda"
 
     def supports(self, shape: MoEShape, device: torch.device) -> Support:
-        if device.type != "cuda":
-            return Support.no("needs a GPU of compute capability 9.0; without one it is compiled only")
-        if torch.cuda.get_device_capability(device) != (9, 0):
-            return Support.no(f"needs compute capability 9.0, got {torch.cuda.get_device_capability(device)}")
-        return self.supports_shape(shape)
+        return sm90.supports_device(device) and self.supports_shape(shape)
 
     def supports_shape(self, shape: MoEShape) -> Support:
         """supports(), the device left aside."""
@@ -293,12 +287,7 @@ class SM90Prefill(Variant):
         return Prepared(weights, up_params, down_params, self.deterministic)
 
     def align(self, prepared: Prepared, inputs: MoEInputs, config: Config) -> MoEInputs:
-        if inputs.num_tokens == 0:
-            return inputs.quantise()
-        num_experts, topk_ids = prepared.weights.shape.num_experts, inputs.topk_ids
-        tiled = sm90_prologue.empty_tiles(topk_ids.numel(), num_experts, config.integer("max_rows"), topk_ids.device)
-        sm90_prologue.launch(topk_ids=topk_ids, num_experts=num_experts, aligned=tiled)
-        return dataclasses.replace(inputs.quantise(), aligned=tiled)
+        return tiled_inputs.align(inputs, prepared.weights.shape.num_experts, config.integer("max_rows"))
 
     def run(self, prepared: Prepared, inputs: MoEInputs, out: torch.Tensor, config: Config) -> None:
         if inputs.num_tokens == 0:
@@ -308,19 +297,14 @@ class SM90Prefill(Variant):
         num_clusters = min(up_kernel.max_clusters, MAX_CLUSTERS)
         space = Workspace(shape, inputs.num_tokens, max_rows, num_clusters, out.device)
         up = _UpParams.from_buffer_copy(prepared.up_params)
-        tiled = inputs.aligned
-        if isinstance(tiled, TiledRouting) and tiled.max_rows == max_rows and inputs.x_q is not None:
-            x_q, x_scale = inputs.x_q, inputs.x_scale
-            sm90_fill.launch(zeros=space.zeroed, ones=space.zeroed[:0])
-        else:
-            tiled, x_q, x_scale = self._prologue(prepared, inputs, space, max_rows)
+        ready = tiled_inputs.make_ready(inputs, shape, max_rows, zeros=space.zeroed)
         target = out
         if self.deterministic:
             target = torch.empty(inputs.topk_ids.numel(), shape.hidden_size, dtype=out.dtype, device=out.device)
         else:
             up.out, up.num_out_bytes = pointer(out), out.nbytes
-        up.x_q, up.x_scale = pointer(x_q), pointer(x_scale)
-        up.sorted_choices, up.tiles = pointer(tiled.sorted_choices), pointer(tiled.tiles)
+        up.x_q, up.x_scale = pointer(ready.x_q), pointer(ready.x_scale)
+        up.sorted_choices, up.tiles = pointer(ready.routing.sorted_choices), pointer(ready.routing.tiles)
         up.topk_weights, up.routed_scaling_factor = pointer(inputs.topk_weights), inputs.routed_scaling_factor
         up.part_written = pointer(space.parts["up_written"])
         down = type(prepared.down_params).from_buffer_copy(prepared.down_params)
@@ -342,33 +326,10 @@ class SM90Prefill(Variant):
         if self.deterministic:
             sm90_combine.launch(target, inputs.topk_ids, shape.num_experts, out)
 
-    def _prologue(
-        self, prepared: Prepared, inputs: MoEInputs, space: Workspace, max_rows: int
-    ) -> tuple[TiledRouting, torch.Tensor, torch.Tensor]:
-        """One launch for whatever is missing: tile the routing, quantise x, zero the workspace's flags."""
-        shape, topk_ids = prepared.weights.shape, inputs.topk_ids
-        tiled = sm90_prologue.empty_tiles(topk_ids.numel(), shape.num_experts, max_rows, topk_ids.device)
-        x, x_q, x_scale = None, inputs.x_q, inputs.x_scale
-        if x_q is None or x_scale is None:
-            x = inputs.tokens
-            x_q, x_scale = sm90_prologue.empty_quantised(x)
-        sm90_prologue.launch(
-            out=space.zeroed,
-            x=x,
-            quantised=(x_q, x_scale),
-            topk_ids=topk_ids,
-            num_experts=shape.num_experts,
-            aligned=tiled,
-            power_of_two_scales=activation_form.power_of_two_scales(shape),
-        )
-        return tiled, x_q, x_scale
-
     def sources(self) -> tuple[Path, ...]:
-        folder = Path(__file__).parent
-        kernels = (UP, DOWN, DOWN_WIDE, sm90_prologue.KERNEL, sm90_fill.KERNEL, sm90_combine.KERNEL)
-        modules = ("sm90_prefill", *kernels[3:], "activation_form", "workspace", "launch", "compile", "tma")
-        files = {path for kernel in kernels for path in cuda_compile.sources(kernel)}
-        return (*(folder / f"{name}.py" for name in modules), *sorted(files))
+        others = (sm90_prologue.KERNEL, sm90_fill.KERNEL, sm90_combine.KERNEL)
+        modules = ("sm90_prefill", *others, "activation_form", "tiled_inputs", "tma", "workspace")
+        return cuda_compile.variant_sources(modules, (UP, DOWN, DOWN_WIDE, *others))
 
     def compile(self, shape: MoEShape, configs: Iterable[Config]) -> list[CompileReport]:
         others = (sm90_prologue.compiled(), sm90_fill.compiled(), sm90_combine.compiled())

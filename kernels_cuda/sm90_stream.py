@@ -7,7 +7,6 @@ small launch that routes, quantises, zeroes `out` and marks the exchange as unwr
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,21 +15,20 @@ from typing import ClassVar
 
 import torch
 
-from kernels_cuda import activation_form, sm90_combine, sm90_fill, sm90_prologue, workspace
+from kernels_cuda import activation_form, sm90, sm90_combine, sm90_fill, sm90_prologue, tiled_inputs, workspace
 from kernels_cuda import compile as cuda_compile
 from kernels_cuda.activation_form import ActivationForm
 from kernels_cuda.compile import Cubin, compile_kernel
 from kernels_cuda.launch import Kernel, load, pointer
+from kernels_cuda.sm90 import NUM_SMS, SMEM_BYTES
 from kernels_cuda.weight_tiles import tile_w2, tile_w13
 from reference.quant import GROUP_SIZE
-from reference.routing import TiledRouting, tile_capacity
+from reference.routing import tile_capacity
 from workbench.problem import MoEInputs, MoEShape, MoEWeights, scale_blocks
 from workbench.variant import Backend, CompileReport, Config, Support, Variant, register
 
 KERNEL = "sm90_stream"
 NUM_THREADS = 384
-NUM_SMS = 132  # of the H200, where there is no device to ask
-SMEM_BYTES = 232_448  # what a CTA can have on sm_90
 STAGE_BYTES = 2 * 128 * 128
 MAX_STAGES = 6
 MAX_ROWS = (8, 16, 32, 64)
@@ -129,11 +127,7 @@ class SM90Stream(Variant):
     backend: ClassVar[Backend] = "cuda"
 
     def supports(self, shape: MoEShape, device: torch.device) -> Support:
-        if device.type != "cuda":
-            return Support.no("needs a GPU of compute capability 9.0; without one it is compiled only")
-        if torch.cuda.get_device_capability(device) != (9, 0):
-            return Support.no(f"needs compute capability 9.0, got {torch.cuda.get_device_capability(device)}")
-        return self.supports_shape(shape)
+        return sm90.supports_device(device) and self.supports_shape(shape)
 
     def supports_shape(self, shape: MoEShape) -> Support:
         """supports(), the device left aside."""
@@ -176,12 +170,7 @@ class SM90Stream(Variant):
         return Prepared(weights, (w13, w2), params, num_ctas, self.deterministic)
 
     def align(self, prepared: Prepared, inputs: MoEInputs, config: Config) -> MoEInputs:
-        if inputs.num_tokens == 0:
-            return inputs.quantise()
-        num_experts, topk_ids = prepared.weights.shape.num_experts, inputs.topk_ids
-        tiled = sm90_prologue.empty_tiles(topk_ids.numel(), num_experts, config.integer("max_rows"), topk_ids.device)
-        sm90_prologue.launch(topk_ids=topk_ids, num_experts=num_experts, aligned=tiled)
-        return dataclasses.replace(inputs.quantise(), aligned=tiled)
+        return tiled_inputs.align(inputs, prepared.weights.shape.num_experts, config.integer("max_rows"))
 
     def run(self, prepared: Prepared, inputs: MoEInputs, out: torch.Tensor, config: Config) -> None:
         if inputs.num_tokens == 0:
@@ -190,30 +179,10 @@ class SM90Stream(Variant):
         kernel = prepared.kernel(config)
         exchange = Exchange(shape, inputs.num_tokens, config, out.device)
         params = _Params.from_buffer_copy(prepared.params)
-        tiled = inputs.aligned
-        if isinstance(tiled, TiledRouting) and tiled.max_rows == max_rows and inputs.x_q is not None:
-            params.x_q, params.x_scale = pointer(inputs.x_q), pointer(inputs.x_scale)
-            sm90_fill.launch(zeros=out, ones=exchange.marked)
-        else:
-            tiled = sm90_prologue.empty_tiles(inputs.topk_ids.numel(), shape.num_experts, max_rows, out.device)
-            x, x_q, x_scale = None, inputs.x_q, inputs.x_scale
-            if x_q is None or x_scale is None:
-                x = inputs.tokens
-                x_q, x_scale = sm90_prologue.empty_quantised(x)
-            params.x_q, params.x_scale = pointer(x_q), pointer(x_scale)
-            params.inputs_from_previous_kernel = True
-            sm90_prologue.launch(
-                out=out,
-                x=x,
-                quantised=(x_q, x_scale),
-                topk_ids=inputs.topk_ids,
-                num_experts=shape.num_experts,
-                aligned=tiled,
-                poison=exchange.marked,
-                power_of_two_scales=activation_form.power_of_two_scales(shape),
-            )
-        params.sorted_choices = pointer(tiled.sorted_choices)
-        params.tiles = pointer(tiled.tiles)
+        ready = tiled_inputs.make_ready(inputs, shape, max_rows, zeros=out, ones=exchange.marked)
+        params.x_q, params.x_scale = pointer(ready.x_q), pointer(ready.x_scale)
+        params.inputs_from_previous_kernel = ready.made_by_this_call
+        params.sorted_choices, params.tiles = pointer(ready.routing.sorted_choices), pointer(ready.routing.tiles)
         params.topk_weights = pointer(inputs.topk_weights)
         for name, tensor in exchange.parts.items():
             setattr(params, name, pointer(tensor))
@@ -222,17 +191,15 @@ class SM90Stream(Variant):
             target = torch.empty(inputs.topk_ids.numel(), shape.hidden_size, dtype=out.dtype, device=out.device)
         params.out = pointer(target)
         params.routed_scaling_factor = inputs.routed_scaling_factor
-        params.tile_capacity = tiled.tiles.shape[0] - 1
+        params.tile_capacity = ready.routing.tiles.shape[0] - 1
         kernel.launch(params, prepared.num_ctas, overlap_previous=True)
         if self.deterministic:
             sm90_combine.launch(target, inputs.topk_ids, shape.num_experts, out)
 
     def sources(self) -> tuple[Path, ...]:
-        folder = Path(__file__).parent
         others = (sm90_prologue.KERNEL, sm90_fill.KERNEL, sm90_combine.KERNEL)
-        names = ("sm90_stream", *others, "activation_form", "weight_tiles", "workspace", "launch", "compile")
-        python = tuple(folder / f"{name}.py" for name in names)
-        return (*python, *cuda_compile.sources(KERNEL), *(cuda_compile.sources(kernel)[0] for kernel in others))
+        modules = ("sm90_stream", *others, "activation_form", "tiled_inputs", "weight_tiles", "workspace")
+        return cuda_compile.variant_sources(modules, (KERNEL, *others))
 
     def compile(self, shape: MoEShape, configs: Iterable[Config]) -> list[CompileReport]:
         others = (sm90_prologue.compiled(), sm90_fill.compiled(), sm90_combine.compiled())

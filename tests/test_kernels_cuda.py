@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from kernels_cuda import compile as cuda_compile
-from kernels_cuda import sm90_prologue
+from kernels_cuda import sm90_fill, sm90_prologue
+from kernels_cuda.sm90 import SMEM_BYTES
 from kernels_cuda.sm90_fused import (
     BLOCKS,
     CLUSTERS,
     MAX_STAGES,
-    SMEM_BYTES,
     SM90Fused,
     default_block_m,
     default_cluster_size,
@@ -142,6 +142,13 @@ def test_too_little_shared_memory_does_not_compile(fresh_cache):
     defines = {"BLOCK_M": 8, "CLUSTER_SIZE": 1, "NUM_STAGES": 6, "SMEM_BYTES": 4096, "PARAMS_BYTES": 384}
     with pytest.raises(CompileError, match="the launcher reserves too little shared memory"):
         cuda_compile.compile_kernel("sm90_fused", defines)
+
+
+def test_kernels_are_built_anew_for_racecheck(fresh_cache, monkeypatch):
+    defines = {"PARAMS_BYTES": 32}
+    usual = cuda_compile.compile_kernel(sm90_fill.KERNEL, defines)
+    monkeypatch.setenv("MOE_WORKBENCH_RACECHECK", "1")
+    assert cuda_compile.compile_kernel(sm90_fill.KERNEL, defines).path != usual.path
 
 
 def test_a_report_needs_the_assemblers_figures():

@@ -6,7 +6,8 @@ import pytest
 import torch
 from emulation.emulator import compiler_missing, emulated
 
-from kernels_cuda.sm90_prefill import SMEM_BYTES, SM90Prefill, SM90PrefillDeterministic, is_wide
+from kernels_cuda.sm90 import SMEM_BYTES
+from kernels_cuda.sm90_prefill import SM90Prefill, SM90PrefillDeterministic, is_wide
 from workbench.generate import make_inputs, make_weights
 from workbench.models import shape_of_alias
 from workbench.problem import MoEShape, RoutingLaw, Workload

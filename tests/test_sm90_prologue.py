@@ -101,6 +101,9 @@ def test_heights_that_the_kernel_cannot_order_are_refused(max_rows: int) -> None
 
 
 def test_clusters_route_many_choices_and_one_cta_few() -> None:
-    assert sm90_prologue._routing_ctas(9) == (1, 1)
-    assert sm90_prologue._routing_ctas(1 << 12) == (8, 8)
-    assert sm90_prologue._routing_ctas(1 << 22) == (8, 32)
+    for form in ("tiles", "blocks"):
+        assert sm90_prologue._routing_ctas(9, form) == (1, 1)
+        assert sm90_prologue._routing_ctas(1 << 12, form) == (8, 8)
+        assert sm90_prologue._routing_ctas(1 << 22, form) == (8, 64)
+    assert sm90_prologue._routing_ctas(1 << 10, "tiles") == (1, 1)
+    assert sm90_prologue._routing_ctas(1 << 10, "blocks") == (8, 8)

@@ -7,12 +7,12 @@ import torch
 
 from kernels_cuda import compile as cuda_compile
 from kernels_cuda import sm90_fill
+from kernels_cuda.sm90 import SMEM_BYTES
 from kernels_cuda.sm90_stream import (
     FLAG_BYTES,
     FLAGGED_PARTS,
     MAX_ROWS,
     MAX_STAGES,
-    SMEM_BYTES,
     Exchange,
     SM90Stream,
     default_max_rows,

@@ -1,6 +1,6 @@
 """What this process runs in: devices, versions, clocks, the digest of a variant's sources, and the settings.
 
-Settings are environment variables. Those of the workbench are all read in this file, but for one:
+Settings are environment variables. Those of the workbench are all read in this file, but for two:
 
     MOE_WORKBENCH_RESULTS       folder that traces, tables and reports are written to     default ./results
     MOE_WORKBENCH_VARIANTS      modules to import for further variants, comma-separated   default none
@@ -13,6 +13,7 @@ Settings are environment variables. Those of the workbench are all read in this 
                                 waits for the device; read when a layer is made           default off
     MOE_WORKBENCH_CACHE         folder of compiled CUDA kernels; read by kernels_cuda/compile.py, since kernels
                                 import nothing of the workbench but its contract
+    MOE_WORKBENCH_RACECHECK     1: kernels are built for compute-sanitizer's racecheck; read there too
 """
 
 from __future__ import annotations
