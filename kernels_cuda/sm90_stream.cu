@@ -20,7 +20,10 @@
 // DETERMINISTIC cuts all jobs alike, whatever the batch, and stores a row for each choice instead of adding it to `out`;
 // sm90_combine.cu adds those up in a fixed order.
 //
-// Over sm90_fused.cu: SMs share bytes, not items, so that none idles where items do not divide over SMs.
+// Over sm90_fused.cu: SMs share bytes, not items, so that none idles where items do not divide over SMs. On an H200, kernel
+// alone, of the floor of reading the weights: dsv3_tp16 M=1 11.5 us (1.56), M=64 147 (1.08), M=256 175 (1.13); dsv3_tp8 M=16
+// 130 (1.06), M=256 334 (1.08): experiments/2026-11-23_weight_stream, with what holds it at each size.
+//
 // Warps 0-7 (two warpgroups) multiply; warp 8 takes tickets and loads weights; warps 9-11 gather tokens and scales.
 //
 // Set by the compiler's command line: MAX_ROWS (8, 16, 32, 64), HIDDEN_SIZE, NUM_CHUNKS (intermediate size / 128),
