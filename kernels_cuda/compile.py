@@ -65,12 +65,19 @@ def sources(kernel: str) -> tuple[Path, ...]:
     headers: set[Path] = set()
     unread = [source]
     while unread:
-        for name in re.findall(r'^#include "(.+)"$', unread.pop().read_text(), re.MULTILINE):
+        including = unread.pop()
+        for name in _included(including, including.stat().st_mtime_ns):
             header = INCLUDE_FOLDER / name
             if header not in headers:
                 headers.add(header)
                 unread.append(header)
     return (source, *sorted(headers))
+
+
+@functools.cache
+def _included(path: Path, mtime_ns: int) -> tuple[str, ...]:
+    """The names of the headers that the file includes, read once for each time that it is written."""
+    return tuple(re.findall(r'^#include "(.+)"$', path.read_text(), re.MULTILINE))
 
 
 def variant_sources(modules: Iterable[str], kernels: Iterable[str]) -> tuple[Path, ...]:

@@ -1,4 +1,6 @@
-"""The command line: `workbench verify | bench | tune | select | report | compare | list | doctor | recover`.
+"""The command line: `workbench <command>`, where the commands are
+
+    verify | bench | tune | select | report | compare | list | doctor | recover | ship
 
 Results go to stdout, as tables or with --json as one JSON document; progress and errors go to stderr.
 """
@@ -6,6 +8,8 @@ Results go to stdout, as tables or with --json as one JSON document; progress an
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -16,9 +20,10 @@ import typer
 
 from workbench import compare as comparison
 from workbench import doctor as diagnosis
-from workbench import registry
+from workbench import registry, shipped
 from workbench import report as reports
 from workbench import select as selection
+from workbench import ship as shipping
 from workbench import table as tables
 from workbench import trace as records
 from workbench import tune as tuning
@@ -31,7 +36,16 @@ from workbench.cli_options import (
     command,
     config_limit,
 )
-from workbench.cli_output import choices, explanation, print_json, print_report, print_section, print_traces, watch
+from workbench.cli_output import (
+    choices,
+    explanation,
+    print_json,
+    print_report,
+    print_section,
+    print_traces,
+    shipped_tables,
+    watch,
+)
 from workbench.compat.alpha_moe_configs import fastest, tunable, write_best_configs
 from workbench.compat.kernel import VARIANT
 from workbench.doctor import Ability
@@ -139,10 +153,15 @@ def select(
     place: PlaceOptions,
     explain: Annotated[bool, typer.Option("--explain", help="Every candidate, and why it lost.")] = False,
 ) -> int:
-    """Choose from what is recorded, and write the selection table."""
+    """Choose from what is recorded, and for what is not from what is shipped; write the selection table."""
     device, variants = place.where(), place.chosen()
-    table = _table(place, variants)
-    tables.save(table, place.folder() / tables.SELECTION_FILE)
+    if problem.shapes() and not (place.folder() / TRACES_FILE).exists():
+        table = Table(current(device), (), {})  # what is shipped may still answer
+    else:
+        table = _table(place, variants)
+        tables.save(table, place.folder() / tables.SELECTION_FILE)
+    for shape in problem.shapes() or {cell.shape: None for cell in table.cells}:
+        table = shipped.with_shipped(table, shape, variants)
     chosen = [
         (cell, num_tokens, selection.choose(table, cell, num_tokens, variants, device))
         for cell, num_tokens in _questions(problem, table, device)
@@ -157,6 +176,37 @@ def select(
     else:
         print_section(choices(chosen))
     return 0
+
+
+@app.command("ship")
+@command
+def ship(
+    run: RunOptions,
+    time_limit_total: Annotated[
+        float, typer.Option(help="Seconds after which nothing more is begun; a rerun goes on from there.")
+    ] = math.inf,
+    compile_only: Annotated[
+        bool, typer.Option("--compile-only", help="Compile what it takes, which needs no GPU, and measure nothing.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder to write the tables to; default the package's.")] = shipped.FOLDER,
+) -> int:
+    """Measure the selection tables that come with the package, and write them."""
+    deadline, variants = time.monotonic() + time_limit_total, run.chosen()
+    workloads = shipping.plan()
+    if compile_only:
+        shipping.compile_ahead(workloads, variants, None)
+        return 0
+    if run.where().type != "cuda":
+        raise InputError(f"device: expected a GPU to measure on, got {run.where()}; --compile-only needs none")
+    session = run.session(watch)
+    filled = shipping.fill(session, workloads, variants, deadline)
+    files = shipped.write(filled.traces, session.environment, variants, out)
+    if run.json:
+        print_json({"workloads": len(workloads), "left": filled.num_left, "files": [str(file) for file in files]})
+    else:
+        print_section(shipped_tables(files, filled.traces))
+        typer.echo(f"{len(workloads) - filled.num_left} of {len(workloads)} workloads are measured")
+    return EXIT_WRONG if failures(filled.traces) else 0
 
 
 @app.command("report")

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from workbench.report import Section, rich_table
 from workbench.select import Choice
+from workbench.sweep import failures
 from workbench.table import Cell
 from workbench.trace import Status, Trace, to_json
 
@@ -104,8 +105,23 @@ def explanation(cell: Cell, num_tokens: int, choice: Choice) -> Section:
     title = (
         f"{cell.shape} M={num_tokens} {cell.routing} {cell.input_kind} {cell.scope}: {choice.variant}, {choice.reason}"
     )
-    lines = [[one.variant, str(one.config), lost or "CHOSEN"] for one, lost in choice.candidates]
-    return Section(title, ["variant", "config", "why it lost"], lines)
+    lines = [
+        [one.variant, str(one.config), "shipped" if one.shipped else "here", lost or "CHOSEN"]
+        for one, lost in choice.candidates
+    ]
+    return Section(title, ["variant", "config", "measured", "why it lost"], lines)
+
+
+def shipped_tables(files: Sequence[Path], traces: Sequence[Trace]) -> Section:
+    """One line per shape: how much was measured of it, and what went wrong."""
+    lines, wrong = [], failures(traces)
+    for shape in dict.fromkeys(one.key.shape for one in traces):
+        some = [one for one in traces if one.key.shape == shape]
+        cells = {(one.key.num_tokens, one.key.routing) for one in some if one.timing is not None}
+        red = sorted({f"{one.key.variant} M={one.key.num_tokens}: {one.status}" for one in some if one in wrong})
+        lines.append([str(shape), str(len(cells)), ", ".join(red) or "-"])
+    size = sum(file.stat().st_size for file in files)
+    return Section(f"{len(files)} tables, {size} bytes", ["shape", "M and law timed", "not passed"], lines)
 
 
 def _result(one: Trace) -> str:

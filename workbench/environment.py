@@ -9,6 +9,10 @@ Settings are environment variables. Those of the workbench are all read in this 
     MOE_WORKBENCH_PLUGIN        what the plugins of serving engines may do: off, nothing; on, run variants that
                                 read the engine's weights where they lie; copies, also those that keep a re-laid
                                 copy of them; read when the engine loads its plugins      default on
+    MOE_WORKBENCH_SHIPPED       which of the selection tables that come with the package are used: exact, those made
+                                in this very environment; device, also those made on this model of device with
+                                other versions of the driver and the libraries; off, none; read when a layer is
+                                made                                                      default exact
     MOE_WORKBENCH_CHECK_VALUES  1: a layer reads ids and scales on every call and not on its first alone, which
                                 waits for the device; read when a layer is made           default off
     MOE_WORKBENCH_CACHE         folder of compiled CUDA kernels; read by kernels_cuda/compile.py, since kernels
@@ -18,6 +22,7 @@ Settings are environment variables. Those of the workbench are all read in this 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import platform
@@ -37,6 +42,7 @@ NONE = "none"
 CUPY_DISTRIBUTIONS = ("cupy", "cupy-cuda13x", "cupy-cuda12x")
 
 PluginMode = Literal["off", "on", "copies"]
+ShippedMode = Literal["exact", "device", "off"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,15 @@ def plugin_mode() -> PluginMode:
         if given == mode:
             return mode
     raise InputError(f"MOE_WORKBENCH_PLUGIN: expected off, on or copies, got {given!r}")
+
+
+def shipped_mode() -> ShippedMode:
+    """MOE_WORKBENCH_SHIPPED as it is now. InputError when it is none of the modes."""
+    given = os.environ.get("MOE_WORKBENCH_SHIPPED") or "exact"
+    for mode in get_args(ShippedMode):
+        if given == mode:
+            return mode
+    raise InputError(f"MOE_WORKBENCH_SHIPPED: expected exact, device or off, got {given!r}")
 
 
 def _names(variable: str) -> tuple[str, ...]:
@@ -143,10 +158,16 @@ def sources_digest(variant: Variant) -> str:
     """16 hexadecimal digits over the names and contents of the variant's source files, wherever they lie."""
     digest = hashlib.sha256()
     for path in sorted(variant.sources()):
-        content = path.read_bytes()
+        content = _content(path, path.stat().st_mtime_ns)
         digest.update(f"{path.name}:{len(content)}\n".encode())
         digest.update(content)
     return digest.hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=256)
+def _content(path: Path, mtime_ns: int) -> bytes:
+    """What the file holds, read once for each time that it is written."""
+    return path.read_bytes()
 
 
 def _processor() -> str:

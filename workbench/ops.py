@@ -27,7 +27,7 @@ from typing import Any, Unpack
 
 import torch
 
-from workbench import checks, registry, select
+from workbench import checks, registry, select, shipped
 from workbench import table as tables
 from workbench.environment import current, settings
 from workbench.errors import InputError, RecordError, UnsupportedError
@@ -64,7 +64,8 @@ class MoELayer:
     num_shared_experts             how many of the experts are shared; they own the last ids
     variant                        a variant's name, or "auto": the fastest verified one by the selection table
     table                          the selection table; without one selection.json of the results folder is used, if it
-                                   is there and was made in this environment
+                                   is there and was made in this environment, and for what it lacks the one that is
+                                   shipped
     exclude                        names of variants that "auto" leaves out, besides those of MOE_WORKBENCH_EXCLUDE
     form                           w13_bias [E, 2I] and w2_bias [E, H], fp32 or bf16; swiglu_limit, swiglu_alpha,
                                    swiglu_beta and activation_scales as MoEShape describes them
@@ -97,7 +98,7 @@ class MoELayer:
         _refuse_capture(self._on_gpu, "a layer is prepared on its first call")
         for name in ("w13_scale", "w2_scale", *(("w13_bias", "w2_bias") if shape.has_bias else ())):
             checks.finite_values(name, getattr(self.weights, name))
-        self._table = _without(_table_for(self._device, table), excluded)
+        self._table = _without(_table_for(self._device, shape, table), excluded)
         self._prepared: dict[str, Any] = {}
         self._plans: dict[tuple[int, bool], Plan] = {}
         self._check_values_always = settings().check_values
@@ -426,17 +427,17 @@ def _candidates(
     return {variant: named}
 
 
-def _table_for(device: torch.device, given: Table | None) -> Table:
-    """`given`, or the recorded table, or an empty one."""
+def _table_for(device: torch.device, shape: MoEShape, given: Table | None) -> Table:
+    """`given`, or the recorded table with what is shipped of `shape`."""
     environment = _environment(device)
     if given is not None:
         if given.environment != environment:
             raise InputError(f"table: expected one made in {environment}, got one made in {given.environment}")
         return given
-    path = settings().results / tables.SELECTION_FILE
-    if not path.is_file():
-        return Table(environment, (), {})
-    return _recorded_table(path.resolve(), path.stat().st_mtime_ns, environment)
+    own, path = Table(environment, (), {}), settings().results / tables.SELECTION_FILE
+    if path.is_file():
+        own = _recorded_table(path.resolve(), path.stat().st_mtime_ns, environment)
+    return shipped.with_shipped(own, shape, registry.variants())
 
 
 def _without(table: Table, excluded: Collection[str]) -> Table:

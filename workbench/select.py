@@ -82,16 +82,16 @@ def choose(table: Table, cell: Cell, num_tokens: int, variants: Mapping[str, Var
         _log_miss(cell, choice.variant)
         return choice
     if num_tokens in measured:
-        return _at(measured[num_tokens], f"M={num_tokens}")
+        return _at(measured[num_tokens], _where(num_tokens, measured[num_tokens]))
     below = max((at for at in measured if at < num_tokens), default=None)
     above = min((at for at in measured if at > num_tokens), default=None)
     if below is None or above is None:
         end = above if below is None else below
         assert end is not None
-        choice = _at(measured[end], f"M={end}")
+        choice = _at(measured[end], _where(end, measured[end]))
         return dataclasses.replace(choice, reason=f"outside the measured range, as at its end M={end}: {choice.reason}")
-    lower, upper = (_at(measured[at], f"M={at}") for at in (below, above))
-    where = f"between M={below} and M={above}"
+    lower, upper = (_at(measured[at], _where(at, measured[at])) for at in (below, above))
+    where = f"between {_where(below, measured[below])} and {_where(above, measured[above])}"
     if lower.identity == upper.identity:
         return dataclasses.replace(lower, reason=f"{where}, where both agree; {lower.reason}")
     untuned = functools.partial(_untuned, variants, cell, num_tokens)
@@ -101,6 +101,11 @@ def choose(table: Table, cell: Cell, num_tokens: int, variants: Mapping[str, Var
         return _at(candidates, f"{where}, interpolated")
     reason = f"{where}: no variant was measured at both"
     return _default(table, cell, num_tokens, variants, device, reason)
+
+
+def _where(num_tokens: int, candidates: Iterable[Candidate]) -> str:
+    """The M of a measurement, and whether it is a shipped one."""
+    return f"M={num_tokens}, shipped" if any(found.shipped for found in candidates) else f"M={num_tokens}"
 
 
 def fallback_rank(variant: str) -> tuple[int, str]:
@@ -172,11 +177,13 @@ def _interpolated(
         own = [_best(variant, some, untuned_only=True) for some in (below, above)]
         near = sides[0] if weight < 0.5 else sides[1]
         if own[0] is not None and own[1] is not None:
-            found.append(Candidate(variant, untuned(variant), Status.PASSED, _mixed(own[0], own[1], weight), True))
+            timing, is_shipped = _mixed(own[0], own[1], weight), own[0].shipped or own[1].shipped
+            found.append(Candidate(variant, untuned(variant), Status.PASSED, timing, True, shipped=is_shipped))
         if sides[0] is None or sides[1] is None or near is None:
             found.append(Candidate(variant, untuned(variant), UNTIMED, message="not measured at both neighbours"))
         elif sides != own:
-            found.append(Candidate(variant, near.config, Status.PASSED, _mixed(sides[0], sides[1], weight)))
+            timing, is_shipped = _mixed(sides[0], sides[1], weight), sides[0].shipped or sides[1].shipped
+            found.append(Candidate(variant, near.config, Status.PASSED, timing, shipped=is_shipped))
     return found
 
 

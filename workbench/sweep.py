@@ -98,13 +98,13 @@ def measure(session: Session, title: str, tasks: Iterable[Task], effort: Effort 
     An interrupt leaves everything made so far in the file.
     """
     tasks = [task for task in tasks if task.candidates]
-    left = [rest for task in tasks for rest in _left(session, task)]
-    total = sum(len(list(_parts(task))) for task in left)
+    lacking = [rest for task in tasks for rest in left(session, task)]
+    total = sum(len(list(_parts(task))) for task in lacking)
     skipped = sum(len(list(_parts(task))) for task in tasks) - total
     if skipped:
         title = f"{title} ({skipped} recorded already)"
     if tasks:
-        made = worker.run(left, time_limit_s=session.time_limit_s, effort=effort or session.effort)
+        made = worker.run(lacking, time_limit_s=session.time_limit_s, effort=effort or session.effort)
         for one in session.watch(title, total, made):
             session.journal.append(one)
     return list(dict.fromkeys(known for task in tasks for known in recorded(session, task)))
@@ -119,9 +119,23 @@ def recorded(session: Session, task: Task) -> list[Trace]:
     return found
 
 
+def left(session: Session, task: Task) -> Iterator[Task]:
+    """`task` with what is not recorded yet: one task per set of scopes that candidates lack."""
+    lacking: dict[tuple[str, Config], list[Scope | None]] = {}
+    for variant, config, scope in _parts(task):
+        if not _find(session, task, variant, config, scope):
+            lacking.setdefault((variant, config), []).append(scope)
+    groups: dict[tuple[Scope | None, ...], list[tuple[str, Config]]] = {}
+    for candidate, scopes in lacking.items():
+        groups.setdefault(tuple(scopes), []).append(candidate)
+    for scopes_lacking, candidates in groups.items():
+        scopes_of_task = tuple(scope for scope in scopes_lacking if scope is not None) or task.scopes
+        yield dataclasses.replace(task, candidates=tuple(candidates), scopes=scopes_of_task)
+
+
 def unrecorded(session: Session, task: Task) -> Candidates:
     """Those of the task's candidates of which the journal lacks something."""
-    return tuple(candidate for rest in _left(session, task) for candidate in rest.candidates)
+    return tuple(candidate for rest in left(session, task) for candidate in rest.candidates)
 
 
 def verified(session: Session, workload: Workload, candidates: Candidates) -> Candidates:
@@ -147,17 +161,3 @@ def _parts(task: Task) -> Iterator[tuple[str, Config, Scope | None]]:
 def _find(session: Session, task: Task, variant: str, config: Config, scope: Scope | None) -> list[Trace]:
     key = key_of(registry.find(variant), config, task.workload, session.environment)
     return session.journal.find(task.job, scope, task.workload.seed, key)
-
-
-def _left(session: Session, task: Task) -> Iterator[Task]:
-    """`task` with what is not recorded yet: one task per set of scopes that candidates lack."""
-    lacking: dict[tuple[str, Config], list[Scope | None]] = {}
-    for variant, config, scope in _parts(task):
-        if not _find(session, task, variant, config, scope):
-            lacking.setdefault((variant, config), []).append(scope)
-    groups: dict[tuple[Scope | None, ...], list[tuple[str, Config]]] = {}
-    for candidate, scopes in lacking.items():
-        groups.setdefault(tuple(scopes), []).append(candidate)
-    for scopes_lacking, candidates in groups.items():
-        scopes_of_task = tuple(scope for scope in scopes_lacking if scope is not None) or task.scopes
-        yield dataclasses.replace(task, candidates=tuple(candidates), scopes=scopes_of_task)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gzip
 import json
 import os
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,6 +55,8 @@ class Candidate:
     first_config: bool = False
     """Whether `config` is the one the variant uses untuned."""
     message: str = ""
+    shipped: bool = False
+    """Whether the figure came with the package (shipped.py) and was not made here."""
 
     @property
     def name(self) -> str:
@@ -143,16 +147,18 @@ def _any_input(key: Key) -> Key:
 
 
 def save(table: Table, path: Path) -> None:
-    """Write the table to `path`, whole or not at all."""
+    """Write the table to `path`, whole or not at all; compressed when its name ends with .gz."""
     content = {
         "version": VERSION,
         "environment": encode(table.environment),
         "traces": [to_json(trace) for trace in table.traces],
     }
+    compressed = path.suffix == ".gz"
+    written = json.dumps(content, indent=None if compressed else 1, allow_nan=False).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with unfinished.open("w") as file:
-        json.dump(content, file, indent=1, allow_nan=False)
+    with unfinished.open("wb") as file:
+        file.write(gzip.compress(written, mtime=0) if compressed else written)  # equal tables are equal files
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
@@ -163,12 +169,31 @@ def load(path: Path, environment: Environment, variants: Mapping[str, Variant]) 
 
     RecordError when it is missing, malformed, truncated, of another version or of another environment.
     """
+    made_in, traces = read(path)
+    if made_in != environment:
+        raise RecordError(path, f"made in another environment: {differences(made_in, environment)}")
+    return build(traces, environment, variants)
+
+
+def differences(there: Environment, here: Environment) -> str:
+    """What differs between the environment of a record and this one, in words."""
+    recorded, present = encode(there), encode(here)
+    differing = [name for name in present if recorded[name] != present[name]]
+    return "; ".join(f"{name} {recorded[name]!r}, here {present[name]!r}" for name in differing)
+
+
+def read(path: Path) -> tuple[Environment, list[Trace]]:
+    """The environment that the table at `path` was made in, and its traces.
+
+    RecordError when it is missing, malformed, truncated or of another version.
+    """
     try:
-        content = json.loads(path.read_text())
+        written = path.read_bytes()
+        content = json.loads(gzip.decompress(written) if path.suffix == ".gz" else written)
+    except (EOFError, ValueError, zlib.error, gzip.BadGzipFile) as error:
+        raise RecordError(path, f"not a selection table, or truncated: {error}") from error
     except OSError as error:
         raise RecordError(path, f"not readable: {error.strerror}") from error
-    except ValueError as error:
-        raise RecordError(path, f"not a selection table, or truncated: {error}") from error
     if not isinstance(content, dict) or set(content) != {"version", "environment", "traces"}:
         raise RecordError(path, "expected an object with version, environment and traces")
     if content["version"] != VERSION:
@@ -180,8 +205,4 @@ def load(path: Path, environment: Environment, variants: Mapping[str, Variant]) 
         traces = [from_json(record) for record in content["traces"]]
     except InputError as error:
         raise RecordError(path, str(error)) from error
-    if made_in != environment:
-        here, there = encode(environment), encode(made_in)
-        differing = [f"{name} {there[name]!r}, here {here[name]!r}" for name in here if here[name] != there[name]]
-        raise RecordError(path, f"made in another environment: {'; '.join(differing)}")
-    return build(traces, environment, variants)
+    return made_in, traces

@@ -121,6 +121,10 @@ class Variant(ABC):
     def supports(self, shape: MoEShape, device: torch.device) -> Support:
         """Whether `run` serves this shape on this kind of device. Never raises."""
 
+    def supports_shape(self, shape: MoEShape) -> Support:
+        """`supports` with the device left aside, for what is compiled ahead on a machine without one. Never raises."""
+        return Support.yes()
+
     @abstractmethod
     def configs(self, shape: MoEShape, num_tokens: int) -> Iterable[Config]:
         """The tuning space for this shape and batch size; the first is the default. Never empty."""

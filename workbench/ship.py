@@ -1,0 +1,119 @@
+"""Measuring the tables of shipped.py: every usual shape at every M that matters, as fast as can be done honestly.
+
+All of it takes a GPU some twenty minutes. So the plan begins with what is worth most, a run may be cut off after a
+number of seconds, and the next one goes on where it stopped. A workload is verified and timed before the next one
+begins, since both need the same weights and the same output of the reference. Only default configs of variants that may
+win take part; `workbench tune` is for the rest.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from workbench import worker
+from workbench.compare import GPU_SHAPES
+from workbench.models import shape_of_alias, usual_shapes
+from workbench.precompile import Request, precompile
+from workbench.problem import MoEShape, RoutingLaw, Workload
+from workbench.select import FALLBACK_ORDER
+from workbench.sweep import Candidates, Session, left, recorded, task_of, verified
+from workbench.trace import Job, Trace
+from workbench.tune import defaults
+from workbench.variant import Variant
+from workbench.worker import Task
+
+JOBS: tuple[Job, ...] = ("verify", "bench")
+POWERS_OF_FOUR = tuple(4**power for power in range(8))  # 1 .. 16384
+BETWEEN = tuple(2 * tokens for tokens in POWERS_OF_FOUR[:-1])
+LAWS = (RoutingLaw("uniform"), RoutingLaw("zipf", exponent=1.2))
+
+STREAM, FUSED, PREFILL = "cuda.sm90_stream", "cuda.sm90_fused", "cuda.sm90_prefill"
+MOST_ROWS_OF_STREAM = 64
+"""Of an expert, on average, up to which the streaming kernel may win: at 32 it ties with the prefill kernel."""
+LEAST_ROWS_OF_PREFILL = 4
+"""From which the prefill kernel may win: at 8 it is far behind on the layers it was measured on."""
+
+
+def plan() -> list[Workload]:
+    """What to measure, the most valuable first: the law that decides at run time before the other, powers of four
+    before what lies between them, and shared experts as extra experts before layers that leave them out."""
+    whole = list(dict.fromkeys([*map(shape_of_alias, GPU_SHAPES), *usual_shapes()]))
+    routed = [shape for shape in usual_shapes(shared_as_experts=False) if shape not in whole]
+    return [
+        Workload(shape, num_tokens, law)
+        for law in LAWS
+        for batch_sizes in (POWERS_OF_FOUR, BETWEEN)
+        for shapes in (whole, routed)
+        for shape in shapes
+        for num_tokens in batch_sizes
+    ]
+
+
+def entrants(workload: Workload, variants: Mapping[str, Variant], device: torch.device | None) -> Candidates:
+    """The default configs of those of `variants` that may be the fastest on `workload`; without a device, on the one
+    that they are for."""
+    shape, num_tokens = workload.shape, workload.num_tokens
+    serving = [name for name, variant in variants.items() if _serves(variant, shape, device)]
+    ours = [name for name in (STREAM, FUSED, PREFILL) if name in serving]
+    rows = _rows_of_an_expert(shape, num_tokens)
+    may_win = {STREAM: rows <= MOST_ROWS_OF_STREAM, FUSED: True, PREFILL: rows >= LEAST_ROWS_OF_PREFILL}
+    # Where the kernels written for this device do not serve the shape, the first of the others that does.
+    others = [name for name in FALLBACK_ORDER if name in serving][:1]
+    return defaults([name for name in ours if may_win[name]] or ours or others, workload)
+
+
+def compile_ahead(workloads: Iterable[Workload], variants: Mapping[str, Variant], device: torch.device | None) -> None:
+    """Compile what `workloads` need; needs no GPU."""
+    precompile(
+        Request(name, workload.shape, config)
+        for workload in workloads
+        for name, config in entrants(workload, variants, device)
+        if variants[name].backend == "cuda"
+    )
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What is recorded of the plan after a run."""
+
+    traces: tuple[Trace, ...]
+    num_left: int
+    """Workloads of which something is not recorded yet."""
+
+
+def fill(session: Session, workloads: Sequence[Workload], variants: Mapping[str, Variant], deadline: float) -> Filled:
+    """Verify and time what of `workloads` is not recorded yet, beginning none after `deadline` (time.monotonic())."""
+    entries = [(workload, entrants(workload, variants, session.device)) for workload in workloads]
+
+    def tasks() -> Iterator[Task]:
+        for workload, candidates in entries:
+            if time.monotonic() >= deadline:
+                return
+            yield from left(session, task_of("verify", session, workload, candidates))
+            yield from left(session, task_of("bench", session, workload, verified(session, workload, candidates)))
+
+    made = worker.run(tasks(), time_limit_s=session.time_limit_s, effort=session.effort)
+    for one in session.watch("shipped tables", 3 * sum(len(candidates) for _, candidates in entries), made):
+        session.journal.append(one)
+    known: list[Trace] = []
+    num_left = 0
+    for workload, candidates in entries:
+        right = verified(session, workload, candidates)
+        both = [task_of("verify", session, workload, candidates), task_of("bench", session, workload, right)]
+        known += [one for task in both for one in recorded(session, task)]
+        num_left += any(True for task in both for _ in left(session, task))
+    return Filled(tuple(known), num_left)
+
+
+def _serves(variant: Variant, shape: MoEShape, device: torch.device | None) -> bool:
+    return bool(variant.supports_shape(shape) if device is None else variant.supports(shape, device))
+
+
+def _rows_of_an_expert(shape: MoEShape, num_tokens: int) -> float:
+    """Of the routed ones that are hit, under uniform routing."""
+    routed_slots = shape.top_k - shape.num_shared_experts
+    return num_tokens * routed_slots / max(shape.expected_experts_hit(num_tokens), 1.0)
