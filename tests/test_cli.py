@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import recorded
 from click.testing import Result
 from recorded import Worker, named, variant
 from typer.testing import CliRunner
 
-from workbench import registry, worker
+from workbench import registry, ship, shipped, worker
 from workbench.cli import app
 from workbench.errors import UnknownVariantError
+from workbench.models import shape_of_alias
 
 GROUPED = variant("torch.grouped", 3)
 LOOP = variant("torch.loop")
@@ -115,6 +117,37 @@ def test_tune_finds_the_fastest_config_and_select_chooses_it(fake: Worker, tmp_p
     assert {one["cell"]["scope"] for one in chosen} == {"kernel", "layer"}
 
 
+def test_explain_shows_what_is_shipped_where_nothing_was_measured(
+    fake: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "measured")
+    shape = shape_of_alias("tiny")
+    of_variants = [recorded.key(GROUPED, 2, 8, shape=shape), recorded.key(LOOP, 0, 8, shape=shape)]
+    traces = [one for key, us in zip(of_variants, (8.0, 50.0), strict=True) for one in recorded.both(key, us)]
+    shipped.write(traces, recorded.HERE, VARIANTS, shipped.FOLDER)
+    result = run("select", "--shape", "tiny", "--tokens", "8", "--explain")
+    assert result.exit_code == 0, result.output
+    assert "M=8, shipped" in result.stdout
+    assert result.stdout.count("shipped") == 2 * 3  # in both scopes the reason, and each of two candidates
+    assert not (tmp_path / "selection.json").exists()  # which holds what was measured here
+    assert run("verify", "--shape", "tiny", "--tokens", "8").exit_code == 0
+    assert run("bench", "--shape", "tiny", "--tokens", "8", "--variants", "torch.loop").exit_code == 0
+    mixed = run("select", "--shape", "tiny", "--tokens", "8", "--explain").stdout
+    assert "shipped" not in mixed
+    assert "torch.loop" in mixed
+
+
+def test_ship_needs_a_gpu_to_measure_and_none_to_compile(fake: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert one_line_error(run("ship")) == (
+        "error: device: expected a GPU to measure on, got cpu; --compile-only needs none"
+    )
+    compiled: list[Any] = []
+    monkeypatch.setattr(ship, "compile_ahead", lambda *given: compiled.append(given))
+    assert run("ship", "--compile-only").exit_code == 0
+    ((workloads, variants, device),) = compiled
+    assert (len(workloads), set(variants), device) == (len(ship.plan()), set(VARIANTS), None)
+
+
 def test_explain_shows_every_candidate_and_why_it_lost(fake: Worker) -> None:
     run("tune", *TINY)
     result = run("select", "--tokens", "8", "--explain")
@@ -159,6 +192,16 @@ def test_a_shape_comes_by_model_by_alias_or_by_numbers(fake: Worker) -> None:
     shapes = [trace["key"]["shape"] for trace in json.loads(result.stdout)["traces"]]
     found = {(shape["num_experts"], shape["intermediate_size"], shape["top_k"]) for shape in shapes}
     assert found == {(8, 128, 2), (257, 128, 9), (512, 128, 10)}
+
+
+def test_a_model_may_leave_its_shared_experts_out(fake: Worker) -> None:
+    result = run("verify", "--model", "deepseek-v3", "--tp", "16", "--no-shared-expert", "--tokens", "1", "--json")
+    (shape,) = {(one["num_experts"], one["top_k"], one["num_shared_experts"]) for one in shapes_of(result)}
+    assert shape == (256, 8, 0)
+
+
+def shapes_of(result: Result) -> list[dict[str, Any]]:
+    return [trace["key"]["shape"] for trace in json.loads(result.stdout)["traces"]]
 
 
 def test_variants_lists_support_and_configs(fake: Worker) -> None:

@@ -63,7 +63,7 @@ def test_code_for_a_gpu_is_python() -> None:
 def test_every_command_line_names_options_that_exist() -> None:
     commands = re.findall(r"^workbench (\w+)(.*)$|`workbench (\w+)([^`]*)`", GUIDE, flags=re.MULTILINE)
     named = {(line or quoted, more or rest) for line, more, quoted, rest in commands}
-    assert {name for name, _ in named} == {"compare", "select", "list"}
+    assert {name for name, _ in named} == {"compare", "select", "list", "ship"}
     for name in {name for name, _ in named}:
         helped = workbench(name, "--help").stdout
         for option in {option for other, rest in named if other == name for option in re.findall(r"--[\w-]+", rest)}:
@@ -72,10 +72,12 @@ def test_every_command_line_names_options_that_exist() -> None:
 
 def test_every_environment_variable_is_in_the_table_of_environment_py() -> None:
     named = set(re.findall(r"MOE_WORKBENCH_\w+", GUIDE))
-    assert named == {"MOE_WORKBENCH_RESULTS", "MOE_WORKBENCH_EXCLUDE", "MOE_WORKBENCH_PLUGIN"}
+    modes = {"MOE_WORKBENCH_PLUGIN": environment.PluginMode, "MOE_WORKBENCH_SHIPPED": environment.ShippedMode}
+    assert named == {"MOE_WORKBENCH_RESULTS", "MOE_WORKBENCH_EXCLUDE", *modes}
     assert all(f"    {name} " in (environment.__doc__ or "") for name in named)
-    modes = GUIDE.partition("`MOE_WORKBENCH_PLUGIN` is one of:")[2]
-    assert tuple(re.findall(r"^\| `(\w+)`", modes, flags=re.MULTILINE)) == get_args(environment.PluginMode)
+    for name, literal in modes.items():
+        table = GUIDE.partition(f"`{name}` is one of:\n\n")[2].partition("\n\n")[0]
+        assert tuple(re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE)) == get_args(literal)
 
 
 @pytest.mark.parametrize(("plugin", "engine"), [(vllm, "vLLM"), (sglang, "SGLang")])

@@ -6,8 +6,9 @@ import dataclasses
 
 import pytest
 
+from workbench import registry
 from workbench.errors import InputError
-from workbench.models import ALIASES, MODELS, shape_of_alias, shape_of_model
+from workbench.models import ALIASES, MODELS, shape_of_alias, shape_of_model, usual_shapes
 from workbench.problem import MoEShape
 
 
@@ -87,3 +88,25 @@ def test_a_tp_that_does_not_divide_i_is_refused(tp: int) -> None:
     expected = f"tp: expected a divisor of deepseek-v3's intermediate size 2048, got {tp}"
     with pytest.raises(InputError, match=f"^{expected}$"):
         shape_of_model("deepseek-v3", tp)
+
+
+def test_routed_experts_alone_are_a_layer_of_their_own() -> None:
+    assert shape_of_model("deepseek-v3", 16, shared_as_experts=False) == MoEShape(256, 7168, 128, 8)
+    assert str(shape_of_model("deepseek-v3", 16, shared_as_experts=False)) == "deepseek-v3_tp16_routed"
+    assert str(shape_of_model("qwen3-30b-a3b", 2, shared_as_experts=False)) == "qwen3-30b-a3b_tp2"
+    assert shape_of_model("qwen3-next-80b-a3b", 4, shared_as_experts=False) == ALIASES["qwen3next_tp4"]
+
+
+def test_usual_shapes_are_served_by_kernels_of_this_project() -> None:
+    """All models but those published in MXFP4, each at one or two degrees of tensor parallelism."""
+    assert {name for name, model in MODELS.items() if not model.usual_tp} == {"gpt-oss-20b", "gpt-oss-120b"}
+    assert all(len(model.usual_tp) <= 2 for model in MODELS.values())
+    fast = [registry.find(name) for name in ("cuda.sm90_fused", "cuda.sm90_stream", "cuda.sm90_prefill")]
+    for shared_as_experts in (True, False):
+        shapes = usual_shapes(shared_as_experts=shared_as_experts)
+        assert len(set(shapes)) == len(shapes)
+        for shape in shapes:
+            for variant in fast:
+                assert variant.supports_shape(shape), f"{variant.name}: {shape}"
+    assert {ALIASES["dsv3_tp16"], ALIASES["dsv3_tp8"]} <= set(usual_shapes())
+    assert ALIASES["qwen3next_tp4"] in usual_shapes(shared_as_experts=False)

@@ -59,7 +59,12 @@ class ProblemOptions:
     ] = None
     shared_experts: Annotated[int, typer.Option(help="How many of --E are shared.", rich_help_panel=_PROBLEM)] = 0
     no_shared_expert: Annotated[
-        bool, typer.Option("--no-shared-expert", help="None of --E is shared.", rich_help_panel=_PROBLEM)
+        bool,
+        typer.Option(
+            "--no-shared-expert",
+            help="None of --E is shared; with --model alone, its routed experts alone.",
+            rich_help_panel=_PROBLEM,
+        ),
     ] = False
     tokens: Annotated[str | None, typer.Option(help="Batch sizes M, such as 1,2,8.", rich_help_panel=_PROBLEM)] = None
     routing: Annotated[
@@ -74,15 +79,16 @@ class ProblemOptions:
     def shapes(self) -> list[MoEShape]:
         """The shapes that were asked for, by whatever way; empty when none was."""
         found = [shape_of_alias(alias) for alias in self.shape or []]
-        if self.model is not None:
-            found.append(shape_of_model(self.model, self.tp))
-        elif self.tp != 1:
-            raise InputError("tp: expected --model with it")
         numbers = {"--E": self.num_experts, "--N": self.w13_rows, "--K": self.hidden_size}
         given = {name: value for name, value in numbers.items() if value is not None}
+        if self.model is not None:
+            routed_alone = self.no_shared_expert and not given
+            found.append(shape_of_model(self.model, self.tp, shared_as_experts=not routed_alone))
+        elif self.tp != 1:
+            raise InputError("tp: expected --model with it")
         if len(given) == len(numbers):
             found.append(self._shape_of_numbers(*given.values()))
-        elif given or self.top_k is not None or self.shared_experts or self.no_shared_expert:
+        elif given or self.top_k is not None or self.shared_experts or (self.no_shared_expert and self.model is None):
             missing = ", ".join(name for name in numbers if name not in given)
             raise InputError(f"shape: expected {', '.join(numbers)} together, {missing} missing")
         return list(dict.fromkeys(found))
