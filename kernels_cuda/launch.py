@@ -7,6 +7,8 @@ launch, so the function handle goes to cuLaunchKernelEx.
 from __future__ import annotations
 
 import ctypes
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import cupy
@@ -26,20 +28,42 @@ def pointer(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = (
+        ("grid_x", ctypes.c_uint32),
+        ("grid_y", ctypes.c_uint32),
+        ("grid_z", ctypes.c_uint32),
+        ("block_x", ctypes.c_uint32),
+        ("block_y", ctypes.c_uint32),
+        ("block_z", ctypes.c_uint32),
+        ("shared_mem_bytes", ctypes.c_uint32),
+        ("stream", ctypes.c_uint64),
+        ("attributes", ctypes.c_uint64),
+        ("num_attributes", ctypes.c_uint32),
+    )
+
+
+_Arguments = ctypes.c_void_p * 1
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A loaded kernel with its launch shape. It belongs to the device that was current when it was loaded."""
 
     name: str
     function: int
-    num_threads: int
     cluster_size: int
-    dynamic_smem_bytes: int
     max_clusters: int
     """How many clusters (CTAs, if cluster_size is 1) are resident on the device at a time."""
-    attributes: list[driver.CUlaunchAttribute] = field(repr=False)
-    overlapping_attributes: list[driver.CUlaunchAttribute] = field(repr=False)
-    """`attributes`, and leave to overlap the previous kernel."""
+    device_index: int
+    config: LaunchConfig = field(repr=False)
+    """Of every launch, but for the grid and the stream."""
+    overlapping_config: LaunchConfig = field(repr=False)
+    """`config`, and leave to overlap the previous kernel."""
+    owners: tuple[driver.CUlaunchConfig, ...] = field(repr=False)
+    """Of the attributes that the configs point to."""
 
     def launch(self, params: ctypes.Structure, num_ctas: int, *, overlap_previous: bool) -> None:
         """Enqueue on torch's current stream.
@@ -47,18 +71,21 @@ class Kernel:
         overlap_previous  may start before the kernel ahead of it in the stream has ended; the kernel must then execute
                           griddepcontrol.wait before it touches what that one writes
         """
-        attributes = self.overlapping_attributes if overlap_previous else self.attributes
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = num_ctas, 1, 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = self.num_threads, 1, 1
-        config.sharedMemBytes = self.dynamic_smem_bytes
-        config.hStream = torch.cuda.current_stream().cuda_stream
-        config.numAttrs = len(attributes)
-        config.attrs = attributes
-        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-        (result,) = driver.cuLaunchKernelEx(config, self.function, ctypes.addressof(arguments), 0)
-        if result != driver.CUresult.CUDA_SUCCESS:
-            raise LaunchError(f"{self.name}: launch of {num_ctas} CTAs failed: {result!r}")
+        # A copy for each launch: another thread may launch the same kernel meanwhile.
+        config = LaunchConfig.from_buffer_copy(self.overlapping_config if overlap_previous else self.config)
+        config.grid_x = num_ctas
+        config.stream = torch._C._cuda_getCurrentRawStream(self.device_index)
+        result = _launcher()(ctypes.byref(config), self.function, _Arguments(ctypes.addressof(params)), None)
+        if result:
+            raise LaunchError(f"{self.name}: launch of {num_ctas} CTAs failed: {driver.CUresult(result)!r}")
+
+
+@functools.cache
+def _launcher() -> Callable[..., int]:
+    """cuLaunchKernelEx, by ctypes: the bindings take a launch config apart and build it again on every call."""
+    launch = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+    launch.argtypes = [ctypes.c_void_p] * 4
+    return launch
 
 
 def load(
@@ -82,26 +109,52 @@ def load(
             function.max_dynamic_shared_size_bytes = dynamic_smem_bytes
         handle = function.kernel.ptr
         _modules.append(function)
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = cluster_size, 1, 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = num_threads, 1, 1
-        config.sharedMemBytes = dynamic_smem_bytes
-        cluster_attribute = _cluster_attribute(cluster_size)
-        config.numAttrs = 1
-        config.attrs = [cluster_attribute]
+        config = _config(num_threads, cluster_size, dynamic_smem_bytes, [_cluster_attribute(cluster_size)])
         result, max_clusters = driver.cuOccupancyMaxActiveClusters(handle, config)
         if result != driver.CUresult.CUDA_SUCCESS or max_clusters < 1:
             raise LaunchError(
                 f"{cubin.kernel}: {cluster_size} CTAs of {num_threads} threads with {dynamic_smem_bytes} bytes of "
                 f"shared memory each do not fit the device: {result!r}"
             )
-    attributes = [cluster_attribute] if cluster_size > 1 else []
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return kernel_of(
+        cubin.kernel, handle, num_threads, cluster_size, dynamic_smem_bytes, max_clusters, index, all_resident
+    )
+
+
+def kernel_of(
+    name: str,
+    function: int,
+    num_threads: int,
+    cluster_size: int,
+    dynamic_smem_bytes: int,
+    max_clusters: int,
+    device_index: int,
+    all_resident: bool,
+) -> Kernel:
+    """The Kernel of a loaded function."""
+    attributes = [_cluster_attribute(cluster_size)] if cluster_size > 1 else []
     if all_resident:
         attributes.append(_cooperative_attribute())
-    overlapping = [*attributes, _overlap_attribute()]
-    return Kernel(
-        cubin.kernel, handle, num_threads, cluster_size, dynamic_smem_bytes, max_clusters, attributes, overlapping
+    owners = tuple(
+        _config(num_threads, cluster_size, dynamic_smem_bytes, some)
+        for some in (attributes, [*attributes, _overlap_attribute()])
     )
+    num_bytes = ctypes.sizeof(LaunchConfig)
+    plain, overlapping = (LaunchConfig.from_buffer_copy(ctypes.string_at(each.getPtr(), num_bytes)) for each in owners)
+    return Kernel(name, function, cluster_size, max_clusters, device_index, plain, overlapping, owners)
+
+
+def _config(
+    num_threads: int, num_ctas: int, dynamic_smem_bytes: int, attributes: list[driver.CUlaunchAttribute]
+) -> driver.CUlaunchConfig:
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = num_ctas, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = num_threads, 1, 1
+    config.sharedMemBytes = dynamic_smem_bytes
+    config.numAttrs = len(attributes)
+    config.attrs = attributes
+    return config
 
 
 _modules: list[cupy.RawKernel] = []  # a module unloads when its last kernel object goes

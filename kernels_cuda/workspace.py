@@ -17,5 +17,5 @@ def carve(
     sizes = {**filled, **others}
     assert all(size % PART_ALIGNMENT == 0 for size in sizes.values()), sizes
     whole = torch.empty(sum(sizes.values()), dtype=torch.uint8, device=device)
-    parts = dict(zip(sizes, whole.split(list(sizes.values())), strict=True))
+    parts = dict(zip(sizes, whole.split_with_sizes(list(sizes.values())), strict=True))
     return parts, whole[: sum(filled.values())]

@@ -236,6 +236,46 @@ def test_the_least_recently_used_layer_goes_first(monkeypatch: pytest.MonkeyPatc
     assert kept == {some[0].w13.data_ptr(), some[2].w13.data_ptr()}
 
 
+def test_the_same_objects_with_other_contents_are_another_layer(weights: MoEWeights) -> None:
+    inputs, other = batch(SHAPE), make_weights(SHAPE, seed=1, device=CPU)
+    given = tuple(tensor.clone() for tensor in tensors(weights))
+    first = ops.fused_moe(inputs.tokens, *given, inputs.topk_weights, inputs.topk_ids, variant="torch.loop")
+    assert torch.equal(first, directly("torch.loop", weights, inputs))
+    for tensor, new in zip(given, tensors(other), strict=True):
+        tensor.data = new  # as an engine does that loads weights again
+    second = ops.fused_moe(inputs.tokens, *given, inputs.topk_weights, inputs.topk_ids, variant="torch.loop")
+    assert torch.equal(second, directly("torch.loop", other, inputs))
+    given[0].data = given[0].data.view(4, 512, 256)
+    with pytest.raises(InputError, match=r"^w13_scale: expected float32 \[4, 4, 2\], got float32 \[8, 2, 2\]$"):
+        ops.fused_moe(inputs.tokens, *given, inputs.topk_weights, inputs.topk_ids, variant="torch.loop")
+
+
+def test_calls_are_told_apart_by_all_that_makes_a_layer(weights: MoEWeights) -> None:
+    inputs = batch(SHAPE)
+    for _ in range(2):
+        plain = call_on_tensors(weights, inputs, variant="torch.loop")
+        clamped = call_on_tensors(weights, inputs, variant="torch.loop", swiglu_limit=0.5)
+        other = call_on_tensors(weights, inputs, variant="torch.grouped")
+        assert torch.equal(plain, directly("torch.loop", weights, inputs))
+        assert not torch.equal(clamped, plain)
+        assert torch.equal(other, directly("torch.grouped", weights, inputs))
+    assert len(ops._kept) == len(ops._calls) == 3
+    with pytest.raises(TypeError, match=r"^fused_moe: expected keywords of .*, got swiglu_limits$"):
+        call_on_tensors(weights, inputs, variant="torch.loop", swiglu_limits=0.5)
+
+
+def test_nothing_is_kept_of_views_that_were_made_for_a_call(weights: MoEWeights) -> None:
+    inputs = batch(SHAPE)
+    for _ in range(3):
+        views = tuple(tensor.view(tensor.shape) for tensor in tensors(weights))
+        ops.fused_moe(inputs.tokens, *views, inputs.topk_weights, inputs.topk_ids, variant="torch.loop")
+        assert len(ops._calls) == 1
+        del views
+        assert not ops._calls
+    (kept,) = ops._kept.values()
+    assert not kept.calls
+
+
 def measured(*figures: tuple[str, float], num_tokens: int = 5, input_kind: InputKind = "bf16") -> Table:
     """A table in which each variant's layer takes so many microseconds."""
     variants = registry.variants()

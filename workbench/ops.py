@@ -19,7 +19,6 @@ import functools
 import itertools
 import logging
 import weakref
-from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -300,6 +299,7 @@ def fused_moe(
 def forget_layers() -> None:
     """Drop the layers that `fused_moe` keeps, so that weights written in place are prepared again."""
     _kept.clear()
+    _calls.clear()
 
 
 @torch.library.custom_op("moe_workbench::fused_moe", mutates_args=())
@@ -371,21 +371,81 @@ _numbers = itertools.count()
 _layers_by_number: weakref.WeakValueDictionary[int, MoELayer] = weakref.WeakValueDictionary()
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Kept:
     """A layer of `fused_moe`, and the weak references that drop it when its weights are freed."""
 
     layer: MoELayer
     watches: tuple[weakref.ref[torch.Tensor], ...]
+    calls: set[tuple[object, ...]]
+    """Keys of `_calls` that lead here."""
+    last_use: int = 0
 
 
-_kept: OrderedDict[tuple[object, ...], Kept] = OrderedDict()
+@dataclass(frozen=True)
+class Call:
+    """The very objects of an earlier call of `fused_moe`: while they are where they were, their layer is known."""
+
+    kept: Kept
+    pointers: tuple[int, ...]
+    shapes: tuple[torch.Size, ...]
+    watches: tuple[weakref.ref[torch.Tensor], ...]
+    """Drop this when one of the objects is freed: another may then take its id."""
+
+
+_kept: dict[tuple[object, ...], Kept] = {}
+"""By what the tensors are: address, dtype, shape and strides."""
+_calls: dict[tuple[object, ...], Call] = {}
+"""By the ids of the tensor objects: the same layers, found in a quarter of the time."""
+_uses = itertools.count(1)
 
 
 def _layer_of(
     tensors: tuple[torch.Tensor, ...], top_k: int, num_shared_experts: int, variant: str, form: LayerForm
 ) -> MoELayer:
     """The layer kept for these weights, made if there is none."""
+    with_bias = form.get("w13_bias") is not None or form.get("w2_bias") is not None
+    call = (*map(id, tensors), top_k, num_shared_experts, variant, *form.items()) if not with_bias else ()
+    known = _calls.get(call)
+    if known is not None and known.pointers == _pointers(tensors) and known.shapes == _shapes(tensors):
+        kept = known.kept
+    else:
+        kept = _kept_by_layout(tensors, top_k, num_shared_experts, variant, form)
+        if call:
+            _remember(call, tensors, kept)
+    kept.last_use = next(_uses)
+    return kept.layer
+
+
+def _pointers(tensors: tuple[torch.Tensor, ...]) -> tuple[int, ...]:
+    w13, w13_scale, w2, w2_scale = tensors
+    return w13.data_ptr(), w13_scale.data_ptr(), w2.data_ptr(), w2_scale.data_ptr()
+
+
+def _shapes(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Size, ...]:
+    w13, w13_scale, w2, w2_scale = tensors
+    return w13.shape, w13_scale.shape, w2.shape, w2_scale.shape
+
+
+def _remember(call: tuple[object, ...], tensors: tuple[torch.Tensor, ...], kept: Kept) -> None:
+    def drop(_: object) -> None:
+        _calls.pop(call, None)
+        kept.calls.discard(call)
+
+    watches = tuple(weakref.ref(given, drop) for given in tensors)
+    _calls[call] = Call(kept, _pointers(tensors), _shapes(tensors), watches)
+    kept.calls.add(call)
+
+
+def _forget(key: tuple[object, ...]) -> None:
+    kept = _kept.pop(key, None)
+    for call in () if kept is None else tuple(kept.calls):
+        _calls.pop(call, None)
+
+
+def _kept_by_layout(
+    tensors: tuple[torch.Tensor, ...], top_k: int, num_shared_experts: int, variant: str, form: LayerForm
+) -> Kept:
     if not form.keys() <= PLAIN_FORM.keys():  # else a layer that is kept already would run without them
         raise TypeError(f"fused_moe: expected keywords of {', '.join(PLAIN_FORM)}, got {', '.join(form)}")
     whole: LayerForm = {**PLAIN_FORM, **form}
@@ -400,18 +460,13 @@ def _layer_of(
     key = (layouts, numbers, top_k, num_shared_experts, variant)
     kept = _kept.get(key)
     if kept is not None:
-        _kept.move_to_end(key)
-        return kept.layer
+        return kept
     layer = MoELayer(*tensors, top_k=top_k, num_shared_experts=num_shared_experts, variant=variant, **form)
-
-    def drop(_: object) -> None:
-        _kept.pop(key, None)
-
     owners = (given if given._base is None else given._base for given in given_for.values())
-    _kept[key] = Kept(layer, tuple(weakref.ref(owner, drop) for owner in owners))
+    kept = _kept[key] = Kept(layer, tuple(weakref.ref(owner, lambda _: _forget(key)) for owner in owners), set())
     if len(_kept) > MAX_LAYERS:
-        _kept.popitem(last=False)
-    return layer
+        _forget(min((each for each in _kept if each != key), key=lambda each: _kept[each].last_use))
+    return kept
 
 
 def _candidates(

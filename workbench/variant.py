@@ -43,13 +43,14 @@ class Support:
 class Config(Mapping[str, ConfigValue]):
     """One point of a variant's tuning space: immutable, hashable, the same whatever order it was written in."""
 
-    __slots__ = ("_items",)
+    __slots__ = ("_hash", "_items")
 
     def __init__(self, **values: ConfigValue) -> None:
         for name, value in values.items():
             if not isinstance(value, int | str | bool):
                 raise InputError(f"config {name}: expected int, str or bool, got {value!r}")
         self._items = dict(sorted(values.items()))
+        self._hash = hash(tuple(self._items.items()))  # once: a call looks its kernel up by its config
 
     def __getitem__(self, name: str) -> ConfigValue:
         return self._items[name]
@@ -61,7 +62,7 @@ class Config(Mapping[str, ConfigValue]):
         return len(self._items)
 
     def __hash__(self) -> int:
-        return hash(tuple(self._items.items()))
+        return self._hash
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Config) and self._items == other._items
