@@ -14,6 +14,8 @@ from workbench.models import shape_of_model
 from workbench.problem import RoutingLaw, Workload
 from workbench.sweep import Session, open_session
 from workbench.timing import QUICK
+from workbench.trace import Status
+from workbench.variant import Config
 
 CUDA = {name: variant for name, variant in registry.variants().items() if variant.backend == "cuda"}
 DSV3 = shape_of_model("deepseek-v3", 16)
@@ -132,11 +134,21 @@ def test_a_run_that_is_cut_off_keeps_what_it_made_and_goes_on(
     monkeypatch.setattr("time.monotonic", lambda: float(len(fake.tasks)))
     first = ship.fill(session(tmp_path), WORKLOADS, VARIANTS, deadline=3.0)
     assert first.num_left == 2  # the workload that was begun in time was ended
-    assert {one.key.num_tokens for one in first.traces} == {1, 4}
+    assert [(one.job, one.key.num_tokens) for one in first.traces if one.scope != "layer"] == [
+        *(("verify", 1), ("bench", 1), ("verify", 4), ("bench", 4))
+    ]
     second = ship.fill(session(tmp_path), WORKLOADS, VARIANTS, deadline=math.inf)
     assert second.num_left == 0
     assert second.traces[: len(first.traces)] == first.traces
     assert len(fake.asked) == 2 * len(WORKLOADS)  # nothing twice
+
+
+def test_what_changed_sources_made_is_no_result(fake: recorded.Worker, tmp_path: Path) -> None:
+    of = recorded.key(VARIANTS["torch.loop"], Config(), 1, sources="0" * 16)
+    with_stale = session(tmp_path)
+    with_stale.journal.append(recorded.verified(of, Status.WRONG))
+    filled = ship.fill(with_stale, WORKLOADS[:1], VARIANTS, math.inf)
+    assert {one.status for one in filled.traces} == {"passed"}
 
 
 def test_on_a_real_worker(tmp_path: Path) -> None:

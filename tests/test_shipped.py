@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,18 @@ def test_what_is_shipped_was_measured_on_these_sources(path: Path) -> None:
     assert set(built.traces) == set(found)
     chosen = [one for by_tokens in built.cells.values() for some in by_tokens.values() for one in some if one.timing]
     assert chosen, "nothing in it may be chosen"
+
+
+def test_what_is_shipped_is_package_data() -> None:
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    packaged = {
+        path
+        for pattern in project["tool"]["setuptools"]["package-data"]["workbench"]
+        for path in PACKAGED.parent.glob(pattern)
+    }
+    assert set(FILES) <= packaged
+    example = shipped.file_of("NVIDIA H200", recorded.SHAPE, Path("measured"))
+    assert any(example.match(pattern) for pattern in project["tool"]["setuptools"]["package-data"]["workbench"])
 
 
 def test_what_is_shipped_is_small() -> None:

@@ -193,11 +193,11 @@ def ship(
     """Measure the selection tables that come with the package, and write them."""
     deadline, variants = time.monotonic() + time_limit_total, run.chosen()
     workloads = shipping.plan()
-    if compile_only:
-        shipping.compile_ahead(workloads, variants, None)
-        return 0
-    if run.where().type != "cuda":
+    if not compile_only and run.where().type != "cuda":
         raise InputError(f"device: expected a GPU to measure on, got {run.where()}; --compile-only needs none")
+    shipping.compile_ahead(workloads, variants, None if compile_only else run.where())
+    if compile_only:
+        return 0
     session = run.session(watch)
     filled = shipping.fill(session, workloads, variants, deadline)
     files = shipped.write(filled.traces, session.environment, variants, out)

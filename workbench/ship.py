@@ -9,6 +9,7 @@ win take part; `workbench tune` is for the rest.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,17 +17,17 @@ import torch
 
 from workbench import worker
 from workbench.compare import GPU_SHAPES
+from workbench.environment import sources_digest
 from workbench.models import shape_of_alias, usual_shapes
 from workbench.precompile import Request, precompile
 from workbench.problem import MoEShape, RoutingLaw, Workload
 from workbench.select import FALLBACK_ORDER
-from workbench.sweep import Candidates, Session, left, recorded, task_of, verified
-from workbench.trace import Job, Trace
+from workbench.sweep import Candidates, Session, left, task_of, verified
+from workbench.trace import Trace
 from workbench.tune import defaults
 from workbench.variant import Variant
 from workbench.worker import Task
 
-JOBS: tuple[Job, ...] = ("verify", "bench")
 POWERS_OF_FOUR = tuple(4**power for power in range(8))  # 1 .. 16384
 BETWEEN = tuple(2 * tokens for tokens in POWERS_OF_FOUR[:-1])
 LAWS = (RoutingLaw("uniform"), RoutingLaw("zipf", exponent=1.2))
@@ -82,31 +83,34 @@ class Filled:
 
     traces: tuple[Trace, ...]
     num_left: int
-    """Workloads of which something is not recorded yet."""
+    """Workloads that were not begun."""
 
 
 def fill(session: Session, workloads: Sequence[Workload], variants: Mapping[str, Variant], deadline: float) -> Filled:
     """Verify and time what of `workloads` is not recorded yet, beginning none after `deadline` (time.monotonic())."""
     entries = [(workload, entrants(workload, variants, session.device)) for workload in workloads]
+    left_over = deque(entries)
 
     def tasks() -> Iterator[Task]:
-        for workload, candidates in entries:
-            if time.monotonic() >= deadline:
-                return
+        while left_over and time.monotonic() < deadline:
+            workload, candidates = left_over.popleft()
             yield from left(session, task_of("verify", session, workload, candidates))
             yield from left(session, task_of("bench", session, workload, verified(session, workload, candidates)))
 
     made = worker.run(tasks(), time_limit_s=session.time_limit_s, effort=session.effort)
     for one in session.watch("shipped tables", 3 * sum(len(candidates) for _, candidates in entries), made):
         session.journal.append(one)
-    known: list[Trace] = []
-    num_left = 0
-    for workload, candidates in entries:
-        right = verified(session, workload, candidates)
-        both = [task_of("verify", session, workload, candidates), task_of("bench", session, workload, right)]
-        known += [one for task in both for one in recorded(session, task)]
-        num_left += any(True for task in both for _ in left(session, task))
-    return Filled(tuple(known), num_left)
+    digests = {name: sources_digest(variant) for name, variant in variants.items()}
+    shapes = {workload.shape for workload in workloads}
+    known = [
+        one
+        for one in session.journal.latest()
+        if one.job in ("verify", "bench")
+        and one.key.environment == session.environment
+        and one.key.shape in shapes
+        and digests.get(one.key.variant) == one.key.sources
+    ]
+    return Filled(tuple(known), len(left_over))
 
 
 def _serves(variant: Variant, shape: MoEShape, device: torch.device | None) -> bool:

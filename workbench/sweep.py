@@ -56,6 +56,10 @@ class Journal:
         """The traces of one measurement, the latest last; of compile those of all kernels."""
         return self._known.get((job, scope, seed, key), [])
 
+    def latest(self) -> list[Trace]:
+        """The latest trace of each measurement, in the order in which they were first made."""
+        return [found[-1] for found in self._known.values()]
+
     def _index(self, known: Trace) -> None:
         self._known[known.job, known.scope, known.seed, known.key].append(known)
 
