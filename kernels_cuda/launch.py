@@ -75,7 +75,11 @@ class Kernel:
         config = LaunchConfig.from_buffer_copy(self.overlapping_config if overlap_previous else self.config)
         config.grid_x = num_ctas
         config.stream = torch._C._cuda_getCurrentRawStream(self.device_index)
-        result = _launcher()(ctypes.byref(config), self.function, _Arguments(ctypes.addressof(params)), None)
+        launch, arguments = _launcher(), _Arguments(ctypes.addressof(params))
+        result = launch(ctypes.byref(config), self.function, arguments, None)
+        if result == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # of a thread that has done nothing on the GPU yet
+            _enter_context(self.device_index)
+            result = launch(ctypes.byref(config), self.function, arguments, None)
         if result:
             raise LaunchError(f"{self.name}: launch of {num_ctas} CTAs failed: {driver.CUresult(result)!r}")
 
@@ -86,6 +90,13 @@ def _launcher() -> Callable[..., int]:
     launch = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
     launch.argtypes = [ctypes.c_void_p] * 4
     return launch
+
+
+def _enter_context(device_index: int) -> None:
+    """Make the context that torch uses on the device this thread's."""
+    _, device = driver.cuDeviceGet(device_index)
+    _, context = driver.cuDevicePrimaryCtxRetain(device)
+    driver.cuCtxSetCurrent(context)
 
 
 def load(

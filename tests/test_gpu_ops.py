@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,6 +148,65 @@ def test_autocast_and_inference_mode_change_nothing(weights: MoEWeights) -> None
     assert out.dtype is torch.bfloat16
     assert_right(out, weights, inputs)
     assert_right(call(layer, inputs), weights, inputs)
+
+
+@pytest.mark.parametrize("name", [name for name in CAPTURABLE if registry.find(name).deterministic])
+def test_the_operators_pass_opcheck(weights: MoEWeights, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of variants that give the same bits twice, as opcheck compares runs."""
+    allclose = torch.allclose
+
+    def allclose_or_same_bytes(one: torch.Tensor, other: torch.Tensor, **options: Any) -> bool:
+        if one.dtype is torch.float8_e4m3fn:  # which torch cannot compare, but opcheck asks whether inputs changed
+            return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+        return allclose(one, other, **options)
+
+    monkeypatch.setattr(torch, "allclose", allclose_or_same_bytes)
+    inputs, layer = batch(), make_layer(weights, name)
+    tensors = (weights.w13, weights.w13_scale, weights.w2, weights.w2_scale)
+    arguments = (inputs.tokens, *tensors, inputs.topk_weights, inputs.topk_ids, None, 2.5, name, 1)
+    torch.library.opcheck(torch.ops.moe_workbench.fused_moe.default, arguments)
+    of_layer = (inputs.tokens, inputs.topk_weights, inputs.topk_ids, None, 2.5, layer._number)
+    torch.library.opcheck(torch.ops.moe_workbench.layer.default, of_layer)
+
+
+@pytest.mark.parametrize("name", CAPTURABLE)
+def test_all_memory_is_torchs(weights: MoEWeights, name: str) -> None:
+    layer, inputs = make_layer(weights, name), batch()
+    call(layer, inputs)
+    torch.cuda.synchronize()
+    free, reserved = torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved()
+    for _ in range(3):
+        call(layer, inputs)
+    torch.cuda.synchronize()
+    assert free - torch.cuda.mem_get_info()[0] == torch.cuda.memory_reserved() - reserved
+
+
+def test_a_thread_that_has_done_nothing_on_the_gpu_yet(weights: MoEWeights) -> None:
+    layer, inputs = make_layer(weights), batch()
+    out = poison(call(layer, inputs))
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(call, layer, inputs, out).result() is out
+    assert_right(out, weights, inputs)
+
+
+def test_threads_may_launch_the_same_kernels(weights: MoEWeights) -> None:
+    layer = make_layer(weights)
+    batches = [batch(seed=seed) for seed in range(4)]
+    call(layer, batches[0])
+
+    def calls(inputs: MoEInputs) -> torch.Tensor:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(50):
+                out = call(layer, inputs)
+            torch.cuda.current_stream().synchronize()
+        return out
+
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(len(batches)) as pool:
+        outs = list(pool.map(calls, batches))
+    for out, inputs in zip(outs, batches, strict=True):
+        assert_right(out, weights, inputs)
 
 
 def test_a_cpu_tensor_is_refused(weights: MoEWeights) -> None:

@@ -93,3 +93,13 @@ def test_a_refused_launch_says_which(launched: list[dict[str, Any]], monkeypatch
     message = r"^sm90_test: launch of 40 CTAs failed: <CUresult\.CUDA_ERROR_INVALID_VALUE: 1>"
     with pytest.raises(LaunchError, match=message):
         kernel().launch(Params(), 40, overlap_previous=False)
+
+
+def test_a_thread_that_is_new_to_the_gpu_enters_torchs_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[int] = []
+    invalid = int(driver.CUresult.CUDA_ERROR_INVALID_CONTEXT)
+    monkeypatch.setattr(launch, "_launcher", lambda: lambda *arguments: 0 if entered else invalid)
+    monkeypatch.setattr(launch, "_enter_context", entered.append)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
+    kernel().launch(Params(), 40, overlap_previous=False)
+    assert entered == [3]
