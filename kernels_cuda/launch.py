@@ -46,6 +46,7 @@ class LaunchConfig(ctypes.Structure):
 
 
 _Arguments = ctypes.c_void_p * 1
+INVALID_CONTEXT = int(driver.CUresult.CUDA_ERROR_INVALID_CONTEXT)
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Kernel:
         config.stream = torch._C._cuda_getCurrentRawStream(self.device_index)
         launch, arguments = _launcher(), _Arguments(ctypes.addressof(params))
         result = launch(ctypes.byref(config), self.function, arguments, None)
-        if result == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # of a thread that has done nothing on the GPU yet
+        if result == INVALID_CONTEXT:  # of a thread that has done nothing on the GPU yet
             _enter_context(self.device_index)
             result = launch(ctypes.byref(config), self.function, arguments, None)
         if result:
