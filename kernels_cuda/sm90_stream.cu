@@ -42,7 +42,11 @@ extern "C" __global__ void __launch_bounds__(kThreadsToFit, 1) sm90_stream(const
     WeightLoader loader(p, shared);
     const uint32_t thread = threadIdx.x;
     if (thread / 32 == kNumMathWarps) loader.start();
-    if (thread < min(kTableTiles, p.tile_capacity)) shared.tiles[thread] = p.tiles[1 + thread];
+    // Reads that would wait behind those weights if they came after them.
+    if (thread < kNumMathThreads)
+        copy_table(p, shared);
+    else if (thread >= kNumMathThreads + 32 && !p.inputs_from_previous_kernel)
+        prefetch_choices(p, thread - kNumMathThreads - 32);
     __syncthreads();
     if (shared.num_tiles == 0) return;
 

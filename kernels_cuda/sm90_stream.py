@@ -31,7 +31,9 @@ KERNEL = "sm90_stream"
 NUM_THREADS = 384
 STAGE_BYTES = 2 * 128 * 128
 MAX_STAGES = 6
-MAX_ROWS = (8, 16, 32, 64)
+MAX_ROWS = (8, 16, 24, 32, 48, 64)
+TABLE_TILES = 512  # of which a CTA keeps its own copy
+QUEUE_SIZE = 8  # pieces of work that a CTA has taken
 SUMS_ROW_BYTES = 1024
 FLAGGED_PARTS = 4  # with so many parts of a job at most, a flag follows its sums: there are too many of them to mark
 FLAG_BYTES = 8 * FLAGGED_PARTS * 4  # of a job: for each warp and part
@@ -57,6 +59,7 @@ class _Params(ctypes.Structure):
         ("out", ctypes.c_uint64),
         ("form", ActivationForm),
         ("routed_scaling_factor", ctypes.c_float),
+        ("num_choices", ctypes.c_uint32),
         ("top_k", ctypes.c_uint32),
         ("tile_capacity", ctypes.c_uint32),
         ("inputs_from_previous_kernel", ctypes.c_uint32),
@@ -66,12 +69,17 @@ class _Params(ctypes.Structure):
 def smem_bytes(shape: MoEShape, max_rows: int, num_stages: int) -> int:
     """Size of the kernel's SharedStorage, from above."""
     num_chunks = scale_blocks(shape.intermediate_size)
-    stage = STAGE_BYTES + max_rows * (128 + 4) + 8 + 24  # weights, tokens and scales, three barriers
+    stages = num_stages * (STAGE_BYTES + 16)  # weights, two barriers
+    stages += token_stages(max_rows, num_stages) * (max_rows * (128 + 4) + 8 + 16)  # tokens and scales, two barriers
     down_scales = 2 * 4 * num_chunks * shape.hidden_size // GROUP_SIZE
     activation = (2 * num_chunks + 1) * max_rows * (128 + 4)
-    tiles = 16 * (NUM_THREADS if max_rows <= 32 else 128)
-    rows = max_rows * 4 * (6 + 8)
-    return -(-(num_stages * stage + activation + tiles + rows + down_scales + 640) // 1024) * 1024
+    rows = max_rows * 4 * (7 + 8 + QUEUE_SIZE)
+    return -(-(stages + activation + 8 * TABLE_TILES + rows + down_scales + 640) // 1024) * 1024
+
+
+def token_stages(max_rows: int, num_stages: int) -> int:
+    """How many stages of tokens go with so many of weights: fewer of tall tiles, which leaves room for one of weights."""
+    return num_stages if max_rows <= 32 else min(num_stages, 4)
 
 
 def most_stages(shape: MoEShape, max_rows: int) -> int:
@@ -191,6 +199,7 @@ class SM90Stream(Variant):
             target = torch.empty(inputs.topk_ids.numel(), shape.hidden_size, dtype=out.dtype, device=out.device)
         params.out = pointer(target)
         params.routed_scaling_factor = inputs.routed_scaling_factor
+        params.num_choices = inputs.topk_ids.numel()
         params.tile_capacity = ready.routing.tiles.shape[0] - 1
         kernel.launch(params, prepared.num_ctas, overlap_previous=True)
         if self.deterministic:
@@ -246,10 +255,10 @@ def max_rows_that_fit(shape: MoEShape) -> list[int]:
 
 
 def default_max_rows(shape: MoEShape, num_tokens: int) -> int:
-    """The least height that holds the rows of nearly every routed expert: their mean and 2.8 standard deviations."""
+    """The least height that holds the rows of nearly every routed expert: their mean and 2.7 standard deviations."""
     hit = max(shape.expected_experts_hit(num_tokens), 1.0)
     rows = num_tokens * (shape.top_k - shape.num_shared_experts) / hit
-    wanted = rows + 2.8 * math.sqrt(max(rows - 1.0, 0.0))
+    wanted = rows + 2.7 * math.sqrt(max(rows - 1.0, 0.0))
     fitting = max_rows_that_fit(shape)
     return next((height for height in fitting if height >= wanted), fitting[-1])
 

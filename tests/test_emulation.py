@@ -96,9 +96,20 @@ FEW_JOBS = (MoEShape(8, 640, 256, 2), 1, 8, 16)
 """16 CTAs for 4 jobs: each has at most one piece of a phase."""
 
 MANY_TILES = (MoEShape(64, 512, 128, 2), 80, 8, 4)
-"""About 75 jobs for 4 CTAs: whole, quartered and fine pieces."""
+"""About 75 jobs for 4 CTAs: whole jobs, fused tiles, pieces of the down phase of all sizes."""
+
+WITHOUT_FUSED = (MoEShape(20, 768, 128, 2), 40, 8, 16)
+"""About 25 tiles for 16 CTAs: quartered and fine pieces of both phases, and activations of the first while others sum up."""
 
 TWO_CHUNKS = (MoEShape(8, 640, 256, 2), 40, 32, 5)
+"""5 fused tiles of 2 chunks, and 6 jobs in parts beside them."""
+
+MANY_CHUNKS = (MoEShape(6, 384, 1024, 2), 30, 16, 3)
+"""3 fused tiles of more chunks than the ring has stages, and half a group of columns."""
+
+BEYOND_THE_TABLE = (MoEShape(800, 256, 128, 2), 760, 8, 6)
+"""More tiles than a CTA keeps."""
+
 TALL = (MoEShape(4, 1152, 128, 2), 60, 64, 6)
 SHORT_K = (MoEShape(3, 256, 128, 2), 9, 16, 8)
 """Fewer pieces of the up phase than CTAs: some begin with the down phase."""
@@ -111,6 +122,9 @@ SHORT_K = (MoEShape(3, 256, 128, 2), 9, 16, 8)
         (MANY_TILES, "uniform", 0.0),
         (TWO_CHUNKS, "uniform", 0.3),
         (TWO_CHUNKS, "one-expert", 0.0),
+        (WITHOUT_FUSED, "uniform", 0.0),
+        (MANY_CHUNKS, "uniform", 0.3),
+        (BEYOND_THE_TABLE, "uniform", 0.0),
         (TALL, "zipf:1.2", 0.3),
         (TALL, "one-expert", 0.0),
         (SHORT_K, "uniform", 0.0),

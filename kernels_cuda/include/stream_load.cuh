@@ -50,8 +50,11 @@ struct WeightLoader {
     __device__ __forceinline__ void init_barriers() {
         for (uint32_t stage = 0; stage < kNumStages; ++stage) {
             mbarrier::init(shared.full[stage], 1);
-            mbarrier::init(shared.tokens_full[stage], kNumGatherThreads);
             mbarrier::init(shared.empty[stage], kNumMathWarps * mbarrier::kArrivalsPerWarp);
+        }
+        for (uint32_t stage = 0; stage < kNumTokenStages; ++stage) {
+            mbarrier::init(shared.tokens_full[stage], kNumGatherThreads);
+            mbarrier::init(shared.tokens_empty[stage], kNumMathWarps * mbarrier::kArrivalsPerWarp);
         }
         for (uint32_t stage = 0; stage < kQueueSize; ++stage) {
             mbarrier::init(shared.queue_full[stage], 1);
@@ -89,35 +92,35 @@ struct WeightLoader {
         queue.advance();
     }
 
-    // After start(), whose first piece it goes on with. Between the phases come the activations of this CTA's share of the jobs in parts.
+    // After start(), whose first piece it goes on with. Of the jobs in parts this CTA owes the activations of every
+    // kNumCtas-th, before its first piece of a down phase or earlier.
     __device__ __forceinline__ void run() {
         const Schedule schedule(shared.num_tiles);
-        bool first = true, owes_activations = !schedule.few;
-        uint32_t ticket = schedule.first_ticket();
+        bool first = true, counter_is_set = false;
+        uint32_t ticket = schedule.first_ticket(), owed_job = schedule.few ? ~0u : schedule.up.num_whole + blockIdx.x;
+        Piece piece = schedule.piece(ticket);
+#pragma unroll 1
         for (;;) {
-            if (owes_activations && ticket >= schedule.num_up) {
-                owes_activations = false;
-                for (uint32_t job = schedule.up.num_whole + blockIdx.x; job < schedule.num_jobs; job += kNumCtas)
-                    begin({job, 0, 0, 0, kActivate});
-            }
-            if (ticket >= schedule.num_tickets) break;
-            Piece piece = schedule.piece(ticket);
+            for (; owed_job < schedule.num_summed_up(ticket, piece); owed_job += kNumCtas)
+                begin({owed_job, 0, 0, 0, kActivate});
             begin(piece);
+            if (piece.phase == kEnd) break;
             if (first && piece.phase == kUp) piece.first_unit = early_end(piece);
             if (schedule.few) {
                 ticket = schedule.next_ticket(ticket);
-            } else {
-                if (first) grid_dependency::wait();  // the previous kernel sets the counter, to -1
+            } else if (piece.phase != kFusedUp) {
+                if (!counter_is_set) grid_dependency::wait();  // by the previous kernel, to -1
+                counter_is_set = true;
                 ticket = kNumCtas + 1 + atomicAdd(p.ticket_counter, 1u);
             }
             first = false;
             load_units(piece);
+            piece = piece.phase == kFusedUp ? Schedule::following(piece) : schedule.piece(ticket);
         }
-        begin({0, 0, 0, 0, kEnd});
     }
 
     __device__ __forceinline__ void load_units(const Piece& piece) {
-        const bool up = piece.phase == kUp;
+        const bool up = piece.phase <= kFusedUp;
         const uint32_t expert = tile_at(p, shared, up ? piece.item / kNumChunks : piece.item).expert;
 #pragma unroll 1
         for (uint32_t unit = piece.first_unit; unit < piece.last_unit; ++unit) {
@@ -140,13 +143,13 @@ struct WeightLoader {
     }
 };
 
-// 96 threads: for every stage of the up phase the tokens' K tile, swizzled as wgmma reads it, and the scales; for every
-// piece of the down phase its rows and scales. Rows past the tile's last are left as they are: their products are not used.
+// 96 threads: for every stage of the up phase the tokens' K tile, swizzled as wgmma reads it, and the scales, in a ring of
+// their own; for every piece of the down phase its rows and scales. Rows past the tile's last are left as they are: their products are not used.
 struct Gatherer {
     const Params& p;
     SharedStorage& shared;
     const uint32_t thread;
-    Position ring;
+    TokenPosition ring;
     RingPosition<2> activation;
     uint32_t table = 0;  // a thread is at most one piece ahead of another, so two tables of tokens suffice
 
@@ -160,32 +163,36 @@ struct Gatherer {
             mbarrier::wait(shared.queue_full[queue.stage], queue.parity);
             const Piece piece = shared.queue[queue.stage];
             if (piece.phase == kEnd) break;
-            if (piece.phase == kUp) gather_up(piece);
+            if (piece.phase <= kFusedUp) gather_up(piece, shared.queue_weight[queue.stage]);
+            if (piece.phase == kFusedDown) gather_down(piece, kOwn);
             if (piece.phase == kDown) {
                 grid_dependency::wait();  // before that activations may look written that are not
-                gather_down(piece, !few);
+                gather_down(piece, few ? kFromSums : kFromMemory);
             }
             mbarrier::arrive_warp(shared.queue_empty[queue.stage]);
         }
         cp_async_wait_all();
     }
 
-    __device__ __forceinline__ void gather_up(const Piece& piece) {
+    __device__ __forceinline__ void gather_up(const Piece& piece, float* row_weight) {
         constexpr uint32_t kPiecesPerRow = kTileK / 16;
         constexpr uint32_t kRowsPerPass = kNumGatherThreads / kPiecesPerRow;
         const uint32_t column = thread % kPiecesPerRow;
         const Tile tile = tile_at(p, shared, piece.item / kNumChunks);
         int32_t* const tokens = shared.gathered_token[table ^= 1];
 #pragma unroll 1
-        for (uint32_t row = thread; row < tile.num_rows; row += kNumGatherThreads)
-            tokens[row] = p.sorted_choices[tile.first_row + row] / p.top_k;
+        for (uint32_t row = thread; row < tile.num_rows; row += kNumGatherThreads) {
+            const int32_t choice = p.sorted_choices[tile.first_row + row];
+            tokens[row] = choice / p.top_k;
+            cp_async_4(row_weight + row, p.topk_weights + choice, true);  // there with the first stage's tokens
+        }
         named_barrier(kGatherBarrier, kNumGatherThreads);
 
         const uint32_t gate_scale_row = tile.expert * 2 * kNumChunks + piece.item % kNumChunks;
         const float* w13_scale = p.w13_scale + static_cast<uint64_t>(gate_scale_row + thread * kNumChunks) * kNumK;
 #pragma unroll 1
         for (uint32_t k = piece.first_unit; k < piece.last_unit; ++k, ring.advance()) {
-            mbarrier::wait(shared.empty[ring.stage], ring.parity ^ 1);
+            mbarrier::wait(shared.tokens_empty[ring.stage], ring.parity ^ 1);
 #pragma unroll
             for (uint32_t pass = 0; pass < ceil_div(kMaxRows, kRowsPerPass); ++pass) {
                 const uint32_t row = thread / kPiecesPerRow + pass * kRowsPerPass;
@@ -201,9 +208,14 @@ struct Gatherer {
         }
     }
 
-    // What a piece takes beside its weights: their scales, the tile's rows in `out`, and the activations, or, if this CTA
-    // computes those, the tokens' weights. All of it is under way at a time: a piece can be as short as one wait for L2.
-    __device__ __forceinline__ void gather_down(const Piece& piece, bool with_activations) {
+    // Where a piece of the down phase has its activations from: this CTA computed them as it summed up, all CTAs write them to
+    // memory, or this CTA computes them from sums there.
+    static constexpr uint32_t kOwn = 0, kFromMemory = 1, kFromSums = 2;
+
+    // What a piece takes beside its weights: their scales, the tile's rows in `out`, and the activations from memory or what
+    // it takes to make them from sums, the tokens' weights. All of it is under way at a time: a piece can be as short as one
+    // wait for L2.
+    __device__ __forceinline__ void gather_down(const Piece& piece, uint32_t activations) {
         const Tile tile = tile_at(p, shared, piece.item);
         const uint32_t buffer = activation.stage;
         mbarrier::wait(shared.activation_empty[buffer], activation.parity ^ 1);
@@ -214,9 +226,9 @@ struct Gatherer {
             cp_async_4(&shared.down_scale[buffer][i], scales + i, true);
         const bool has_row = thread < tile.num_rows;
         const int32_t choice = has_row ? p.sorted_choices[tile.first_row + thread] : 0;
-        if (with_activations) {
+        if (activations == kFromMemory) {
             gather_activations(tile, buffer);
-        } else if (has_row) {
+        } else if (has_row && activations == kFromSums) {
             shared.row_weight[buffer][thread] = p.topk_weights[choice] * p.routed_scaling_factor;
         }
         if (has_row) shared.output_row[buffer][thread] = kDeterministic ? choice : choice / p.top_k;

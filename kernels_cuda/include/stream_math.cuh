@@ -19,7 +19,9 @@ struct Math {
     const uint32_t warp = threadIdx.x / 32;
     const uint32_t lane = threadIdx.x % 32;
     Position ring;
+    TokenPosition token_ring;
     RingPosition<2> activation;
+    uint32_t held_stage = kNumStages;  // a stage whose weights are used, and whose memory this warpgroup's last output leaves
 
     __device__ __forceinline__ Math(const Params& p, SharedStorage& shared) : p(p), shared(shared) {}
 
@@ -30,24 +32,30 @@ struct Math {
         ring.advance();
     }
 
+    __device__ __forceinline__ void release_held_stage() {
+        if (held_stage == kNumStages) return;
+        bulk_store_wait_read();
+        mbarrier::arrive_warp(shared.empty[held_stage]);
+        held_stage = kNumStages;
+    }
+
     // Some K tiles of one job: gate and up sums of 64 rows each, into the rows of the piece in the exchange. If these are
-    // all of them, on to the job's activations.
+    // all of them, on to the job's activations, for all CTAs or, of a fused tile, for this one. Row r has row_weight[r].
     template <uint32_t kRows>
-    __device__ __forceinline__ void project_up(const Tile& tile, const Piece& piece, bool whole) {
-        const float weight = whole ? weight_of_own_row(tile) : 0.f;
+    __device__ __forceinline__ void project_up(const Tile& tile, const Piece& piece, bool whole, const float* row_weight) {
         float gate[kRows / 2], up[kRows / 2];
 #pragma unroll
         for (uint32_t i = 0; i < kRows / 2; ++i) gate[i] = up[i] = 0.f;
 #pragma unroll 1
         for (uint32_t k = piece.first_unit; k < piece.last_unit; ++k) {
             wait_weights();
-            mbarrier::wait(shared.tokens_full[ring.stage], ring.parity);
+            mbarrier::wait(shared.tokens_full[token_ring.stage], token_ring.parity);
             fence_async_proxy();  // the tokens came by cp.async
-            const uint64_t tokens = wgmma::descriptor(shared.tokens[ring.stage]);
+            const uint64_t tokens = wgmma::descriptor(shared.tokens[token_ring.stage]);
             const uint64_t gate_rows = wgmma::descriptor(shared.weights[ring.stage][0] + warpgroup * kWarpgroupBytes);
             const uint64_t up_rows = wgmma::descriptor(shared.weights[ring.stage][1] + warpgroup * kWarpgroupBytes);
-            const float* token_scale = shared.token_scale[ring.stage];
-            const float gate_scale = shared.weight_scale[ring.stage][0], up_scale = shared.weight_scale[ring.stage][1];
+            const float* token_scale = shared.token_scale[token_ring.stage];
+            const float gate_scale = shared.weight_scale[token_ring.stage][0], up_scale = shared.weight_scale[token_ring.stage][1];
             float gate_partial[kRows / 2], up_partial[kRows / 2];
             wgmma::multiply_k128<kRows>(gate_partial, gate_rows, tokens);
             wgmma::multiply_k128<kRows>(up_partial, up_rows, tokens);
@@ -56,12 +64,20 @@ struct Math {
             promote<kRows>(gate, gate_partial, token_scale, gate_scale, lane);
             wgmma::wait<0>();
             wgmma::pin(up_partial);
-            promote<kRows>(up, up_partial, token_scale, up_scale, lane);
             release_stage();
+            promote<kRows>(up, up_partial, token_scale, up_scale, lane);
+            mbarrier::arrive_warp(shared.tokens_empty[token_ring.stage]);
+            token_ring.advance();
         }
+        grid_dependency::wait();  // the previous kernel zeroes `out` and fills what is exchanged with ones
         if (whole) {
-            activate_own<kRows>(tile, gate, up);
-            return publish(tile, piece.item % kNumChunks, weight);
+            const uint32_t chunk = piece.item % kNumChunks;
+            const float weight = thread < tile.num_rows ? row_weight[thread] * p.routed_scaling_factor : 0.f;
+            if (piece.phase == kFusedUp)
+                return activate_own<kRows>(tile, gate, up, shared.activation[activation.stage][chunk],
+                                           shared.activation_scale[activation.stage][chunk], weight);
+            activate_own<kRows>(tile, gate, up, shared.outgoing, shared.outgoing_scale, 1.f);
+            return publish(tile, chunk, weight);
         }
         float4* const part = sums(tile, piece.item % kNumChunks, piece.part) + warp * 8 + lane / 4;
 #pragma unroll
@@ -86,9 +102,11 @@ struct Math {
         return p.topk_weights[p.sorted_choices[tile.first_row + thread]] * p.routed_scaling_factor;
     }
 
-    // The activations of a job whose sums this CTA has, quantised per row, to `outgoing`.
+    // The activations of a job whose sums this CTA has, quantised per row: `target` as wgmma reads them, and their scales,
+    // those of row `thread` times `weight`. Both are free after the first barrier here.
     template <uint32_t kRows>
-    __device__ __forceinline__ void activate_own(const Tile& tile, float (&gate)[kRows / 2], const float (&up)[kRows / 2]) {
+    __device__ __forceinline__ void activate_own(const Tile& tile, float (&gate)[kRows / 2], const float (&up)[kRows / 2],
+                                                 uint8_t* target, float* target_scale, float weight) {
 #pragma unroll
         for (uint32_t j = 0; j < kRows / 8; ++j) {
             float amax[2] = {};
@@ -110,7 +128,9 @@ struct Math {
             float amax = 0.f;
 #pragma unroll
             for (uint32_t w = 0; w < kNumMathWarps; ++w) amax = fmaxf(amax, shared.row_amax[w][thread]);
-            shared.outgoing_scale[thread] = p.form.scale(amax);
+            const float scale = p.form.scale(amax);
+            shared.inverse_scale[thread] = 1.f / scale;
+            target_scale[thread] = scale * weight;
         }
         named_barrier(kMathBarrier, kNumMathThreads);
 #pragma unroll
@@ -119,13 +139,14 @@ struct Math {
             for (uint32_t b = 0; b < 2; ++b) {
                 const uint32_t row = 8 * j + 2 * (lane % 4) + b;
                 if (row >= tile.num_rows) continue;
-                const float inverse = 1.f / shared.outgoing_scale[row];
+                const float inverse = shared.inverse_scale[row];
                 const uint16_t packed = pack_e4m3x2(gate[4 * j + b] * inverse, gate[4 * j + 2 + b] * inverse);
-                uint8_t* const piece = shared.outgoing + row * kGroupSize + (warp ^ row % 8) * 16 + lane / 4;
+                uint8_t* const piece = target + row * kGroupSize + (warp ^ row % 8) * 16 + lane / 4;
                 piece[0] = static_cast<uint8_t>(packed);
                 piece[8] = static_cast<uint8_t>(packed >> 8);
             }
         }
+        fence_async_proxy();
         named_barrier(kMathBarrier, kNumMathThreads);
     }
 
@@ -244,6 +265,7 @@ struct Math {
         for (uint32_t group = piece.first_unit; group < piece.last_unit; ++group) {
             const uint32_t first_column = group * kGroupColumns + warpgroup * kTileRows;
             if (first_column >= kHiddenSize) {  // the last group may be half
+                release_held_stage();
 #pragma unroll 1
                 for (uint32_t chunk = 0; chunk < kNumChunks; ++chunk) {
                     wait_weights();
@@ -255,7 +277,7 @@ struct Math {
 #pragma unroll
             for (uint32_t i = 0; i < kRows / 2; ++i) sums[0][i] = sums[1][i] = 0.f;
 #pragma unroll 1
-            for (uint32_t chunk = 0; chunk < kNumChunks; ++chunk) {
+            for (uint32_t chunk = 0;; ++chunk) {
                 wait_weights();
                 float partial[2][kRows / 2];
                 const uint64_t activation = wgmma::descriptor(shared.activation[buffer][chunk]);
@@ -266,43 +288,83 @@ struct Math {
                 wgmma::wait<0>();
                 wgmma::pin(partial[0]);
                 wgmma::pin(partial[1]);
-                release_stage();
+                release_held_stage();
+                const bool last = chunk + 1 == kNumChunks;
+                if (kDeterministic || !last) release_stage();
 #pragma unroll
                 for (uint32_t half = 0; half < 2; ++half)
                     promote<kRows>(sums[half], partial[half], shared.activation_scale[buffer][chunk], weight_scale, lane);
+                if (last) break;
             }
-            // Lanes 4 apart hold columns 4 apart of the same two tokens: they swap, and each adds 8 columns of one.
-            const bool odd = lane & 4;
-            uint16_t* const columns = p.out + first_column + (warp % 4) * 32 + lane / 8 * 8;
-#pragma unroll
-            for (uint32_t j = 0; j < kRows / 8; ++j) {
-                uint32_t low[2], high[2];
-#pragma unroll
-                for (uint32_t b = 0; b < 2; ++b) {
-                    low[b] = pack_bf16x2(sums[0][4 * j + b], sums[0][4 * j + 2 + b]);
-                    high[b] = pack_bf16x2(sums[1][4 * j + b], sums[1][4 * j + 2 + b]);
-                }
-                const uint32_t other_low = __shfl_xor_sync(~0u, odd ? low[0] : low[1], 4);
-                const uint32_t other_high = __shfl_xor_sync(~0u, odd ? high[0] : high[1], 4);
-                const uint32_t row = 8 * j + 2 * (lane % 4) + odd;
-                if (row >= tile.num_rows) continue;
-                uint16_t* const address = columns + static_cast<uint64_t>(shared.output_row[buffer][row]) * kHiddenSize;
-                const uint4 values = odd ? make_uint4(other_low, other_high, low[1], high[1])
-                                         : make_uint4(low[0], high[0], other_low, other_high);
-                if constexpr (kDeterministic)
-                    *reinterpret_cast<uint4*>(address) = values;
-                else
-                    add_bf16x8(address, values);
-            }
+            if constexpr (kDeterministic)
+                store_rows<kRows>(tile, first_column, sums);
+            else
+                add_rows<kRows>(tile, first_column, sums);
         }
+        release_held_stage();
+    }
+
+    // output(row, values): the 8 columns from lane / 8 * 8 of the warp's 32, of a row that the tile has. Lanes 4 apart hold
+    // columns 4 apart of the same two tokens: they swap, and each has 8 columns of one.
+    template <uint32_t kRows, typename Output>
+    __device__ __forceinline__ void for_each_row(const Tile& tile, const float (&sums)[2][kRows / 2], Output output) {
+        const bool odd = lane & 4;
+#pragma unroll
+        for (uint32_t j = 0; j < kRows / 8; ++j) {
+            uint32_t low[2], high[2];
+#pragma unroll
+            for (uint32_t b = 0; b < 2; ++b) {
+                low[b] = pack_bf16x2(sums[0][4 * j + b], sums[0][4 * j + 2 + b]);
+                high[b] = pack_bf16x2(sums[1][4 * j + b], sums[1][4 * j + 2 + b]);
+            }
+            const uint32_t other_low = __shfl_xor_sync(~0u, odd ? low[0] : low[1], 4);
+            const uint32_t other_high = __shfl_xor_sync(~0u, odd ? high[0] : high[1], 4);
+            const uint32_t row = 8 * j + 2 * (lane % 4) + odd;
+            if (row < tile.num_rows)
+                output(row, odd ? make_uint4(other_low, other_high, low[1], high[1])
+                                : make_uint4(low[0], high[0], other_low, other_high));
+        }
+    }
+
+    // This warpgroup's 128 columns of each row, stored.
+    template <uint32_t kRows>
+    __device__ __forceinline__ void store_rows(const Tile& tile, uint32_t first_column, const float (&sums)[2][kRows / 2]) {
+        uint16_t* const columns = p.out + first_column + warp % 4 * 32 + lane / 8 * 8;
+        for_each_row<kRows>(tile, sums, [&](uint32_t row, uint4 values) {
+            const uint64_t output_row = shared.output_row[activation.stage][row];
+            *reinterpret_cast<uint4*>(columns + output_row * kHiddenSize) = values;
+        });
+    }
+
+    // The same, added by the copy engine, 256 bytes of a row at a time, out of this warpgroup's half of the stage whose
+    // weights it has just used. That stage is free when the copy engine has read it.
+    template <uint32_t kRows>
+    __device__ __forceinline__ void add_rows(const Tile& tile, uint32_t first_column, const float (&sums)[2][kRows / 2]) {
+        constexpr uint32_t kRowBytes = kTileRows * sizeof(uint16_t);
+        constexpr uint32_t kPitch = kRows * (kRowBytes + 16) <= kHalfBytes ? kRowBytes + 16 : kRowBytes;  // over the banks
+        uint8_t* const rows = shared.weights[ring.stage][warpgroup];
+        named_barrier(kWarpgroupBarrier + warpgroup, 128);  // all four warps have used the weights
+        for_each_row<kRows>(tile, sums, [&](uint32_t row, uint4 values) {
+            *reinterpret_cast<uint4*>(rows + row * kPitch + warp % 4 * 64 + lane / 8 * 16) = values;
+        });
+        fence_async_proxy();
+        named_barrier(kWarpgroupBarrier + warpgroup, 128);
+        const uint32_t row = thread % 128;
+        if (row < tile.num_rows) {
+            const uint64_t output_row = shared.output_row[activation.stage][row];
+            bulk_add_bf16(p.out + output_row * kHiddenSize + first_column, rows + row * kPitch, kRowBytes);
+        }
+        held_stage = ring.stage;
+        ring.advance();
     }
 
     // project_up() and project_down() with the least height that holds the tile's rows, kRows or more.
     template <uint32_t kRows = 8>
-    __device__ __forceinline__ void project_up_fitting(const Tile& tile, const Piece& piece, bool whole) {
+    __device__ __forceinline__ void project_up_fitting(const Tile& tile, const Piece& piece, bool whole,
+                                                       const float* row_weight) {
         if constexpr (kRows < kMaxRows)
-            if (tile.num_rows > kRows) return project_up_fitting<next_height(kRows)>(tile, piece, whole);
-        project_up<kRows>(tile, piece, !kDeterministic && whole);
+            if (tile.num_rows > kRows) return project_up_fitting<next_height(kRows)>(tile, piece, whole, row_weight);
+        project_up<kRows>(tile, piece, !kDeterministic && whole, row_weight);
     }
 
     template <uint32_t kRows = 8>
@@ -314,14 +376,15 @@ struct Math {
 
     __device__ __forceinline__ void run() {
         const Schedule schedule(shared.num_tiles);
-        grid_dependency::wait();  // the previous kernel zeroes `out` and fills what is exchanged with ones
 #pragma unroll 1
         for (QueuePosition queue;; queue.advance()) {
             mbarrier::wait(shared.queue_full[queue.stage], queue.parity);
             const Piece piece = shared.queue[queue.stage];
             if (piece.phase == kEnd) break;
-            if (piece.phase == kUp)
-                project_up_fitting(tile_at(p, shared, piece.item / kNumChunks), piece, piece.item < schedule.up.num_whole);
+            if (piece.phase <= kFusedUp)
+                project_up_fitting(tile_at(p, shared, piece.item / kNumChunks), piece,
+                                   piece.phase == kFusedUp || piece.item < schedule.up.num_whole,
+                                   shared.queue_weight[queue.stage]);
             else
                 finish(piece, schedule);
             mbarrier::arrive_warp(shared.queue_empty[queue.stage]);
@@ -330,6 +393,7 @@ struct Math {
 
     // The activations of a job for all CTAs, or a piece of the down phase, which with few jobs begins with those of its tile.
     __device__ __forceinline__ void finish(const Piece& piece, const Schedule& schedule) {
+        grid_dependency::wait();  // with few jobs a CTA may begin here
         const bool for_all = piece.phase == kActivate;
         const uint32_t first_job = for_all ? piece.item : piece.item * kNumChunks;
         const uint32_t num_jobs = for_all ? 1 : schedule.few ? kNumChunks : 0;

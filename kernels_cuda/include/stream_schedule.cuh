@@ -8,7 +8,8 @@ struct Piece {
     uint32_t part;  // which of the item's pieces
     uint32_t phase;
 };
-constexpr uint32_t kUp = 0, kActivate = 1, kDown = 2, kEnd = 3;
+// In the order in which a CTA comes to them, but for kActivate.
+constexpr uint32_t kUp = 0, kFusedUp = 1, kFusedDown = 2, kDown = 3, kEnd = 4, kActivate = 5;
 
 // dividend / divisor, for dividends below 2^20.
 __device__ __forceinline__ uint32_t small_quotient(uint32_t dividend, uint32_t divisor) {
@@ -16,22 +17,24 @@ __device__ __forceinline__ uint32_t small_quotient(uint32_t dividend, uint32_t d
 }
 
 // How the items of a phase, of kUnits units each, are cut into pieces of at most kMostParts parts. Few items: all alike,
-// so that each CTA has at most one piece. Many: the first ones not at all, the next ones into 4, the last ones finely.
+// so that each CTA has at most one piece. Many: the first ones not at all, the next ones into 4, the last ones finely; if
+// the phase need not end everywhere at a time, as many as possible not at all.
 // Where units add up to one sum and that has to come out the same in any batch, all finely.
-template <uint32_t kUnits, uint32_t kMostParts, bool kUnitsAddUp>
+template <uint32_t kUnits, uint32_t kUnitsInFinePart, uint32_t kMostParts, bool kUnitsAddUp>
 struct Cut {
-    static constexpr uint32_t kFineParts = kUnits < 4 ? 1 : kUnits / 2 < kMostParts ? kUnits / 2 : kMostParts;
+    static constexpr uint32_t kWantedParts = kUnits / kUnitsInFinePart;
+    static constexpr uint32_t kFineParts = kUnits < 4 ? 1 : kWantedParts < kMostParts ? kWantedParts : kMostParts;
     static constexpr uint32_t kFewestFine = 20;
     uint32_t num_items, num_whole, num_quartered, num_fine_parts;
 
-    __device__ __forceinline__ Cut(uint32_t num_items, bool few) : num_items(num_items) {
+    __device__ __forceinline__ Cut(uint32_t num_items, bool few, bool ends_together) : num_items(num_items) {
         num_whole = num_quartered = 0;
         num_fine_parts = kFineParts;
         if (kDeterministic && kUnitsAddUp) return;
         if (few) {
             num_fine_parts = min(min(small_quotient(kNumCtas, num_items), kUnits), kMostParts);
         } else {
-            num_whole = num_items * 2 / 3 / kNumCtas * kNumCtas;
+            num_whole = (ends_together ? num_items * 2 / 3 : num_items) / kNumCtas * kNumCtas;
             const uint32_t rest = num_items - num_whole;
             num_quartered = rest > kFewestFine ? (rest - kFewestFine) / (kNumCtas / 4) * (kNumCtas / 4) : 0;
         }
@@ -55,28 +58,62 @@ struct Cut {
     }
 };
 
-// What there is to do.
+// What there is to do. Tickets of the up phase, one for each fused tile, then tickets of the down phase. Fused tiles are
+// the last ones; the others are cut, and so many that their down phase evens out the rest.
 struct Schedule {
-    static constexpr uint32_t kFinePartsUp = Cut<kNumK, kMaxParts, true>::kFineParts;
-    uint32_t num_jobs;
+    using UpCut = Cut<kNumK, 2, kMaxParts, true>;
+    using DownCut = Cut<kNumGroups, kNumChunks == 1 ? 2 : 1, 32, false>;  // two stages in a fine part, or a unit
+    static constexpr uint32_t kFinePartsUp = UpCut::kFineParts;
+    static constexpr uint32_t kEnoughCut = 3 * kNumCtas;
+    static constexpr uint32_t kTilesInRound = kNumCtas % kNumChunks == 0 ? kNumCtas / kNumChunks : kNumCtas;  // a job for each CTA
     bool few;
-    Cut<kNumK, kMaxParts, true> up;
-    Cut<kNumGroups, 16, false> down;
-    uint32_t num_up, num_tickets;
+    uint32_t num_cut, num_fused;  // tiles
+    UpCut up;
+    DownCut down;
+    uint32_t num_up, first_down, num_tickets;
 
     __device__ __forceinline__ explicit Schedule(uint32_t num_tiles)
-        : num_jobs(num_tiles * kNumChunks), few(!kDeterministic && num_jobs * 4 <= kNumCtas), up(num_jobs, few),
-          down(num_tiles, few), num_up(up.num_pieces()), num_tickets(num_up + down.num_pieces()) {}
+        : few(!kDeterministic && num_tiles * kNumChunks * 4 <= kNumCtas), num_cut(tiles_to_cut(num_tiles)),
+          num_fused(num_tiles - num_cut), up(num_cut * kNumChunks, few, num_fused == 0), down(num_cut, few, true),
+          num_up(up.num_pieces()), first_down(num_up + num_fused), num_tickets(first_down + down.num_pieces()) {}
 
-    // Tickets of the up phase, then tickets of the down phase.
+    __device__ __forceinline__ static uint32_t tiles_to_cut(uint32_t num_tiles) {
+        if (kDeterministic) return num_tiles;
+        constexpr uint32_t kDownUnits = kNumGroups * kNumChunks, kFusedUnits = kNumK * kNumChunks + kDownUnits;
+        const uint32_t least = min(num_tiles * 2 / 5, kEnoughCut);
+        // So that each CTA has whole jobs and there are no sums to exchange, if it evens out that then some CTAs have a fused
+        // tile less.
+        const uint32_t whole = ceil_div(least, kTilesInRound) * kTilesInRound;
+        const uint32_t num_less = kNumCtas - 1 - (num_tiles - whole - 1) % kNumCtas;
+        if (whole < num_tiles && num_less * kFusedUnits * 5 <= whole * kDownUnits * 3) return whole;
+        // Or as many fused tiles for each CTA.
+        return num_tiles - (num_tiles - least) / kNumCtas * kNumCtas;
+    }
+    // The first piece of a ticket; past the last ticket, the end.
     __device__ __forceinline__ Piece piece(uint32_t ticket) const {
-        return ticket < num_up ? up.piece(ticket, kUp) : down.piece(ticket - num_up, kDown);
+        if (ticket < num_up) return up.piece(ticket, kUp);
+        if (ticket < first_down) return {(num_cut + ticket - num_up) * kNumChunks, 0, kNumK, 0, kFusedUp};
+        if (ticket < num_tickets) return down.piece(ticket - first_down, kDown);
+        return {0, 0, 0, 0, kEnd};
+    }
+    // What follows a kFusedUp within its ticket: the tile's next chunk, or its down phase.
+    __device__ __forceinline__ static Piece following(const Piece& piece) {
+        const uint32_t job = piece.item + 1;
+        if (job % kNumChunks == 0) return {job / kNumChunks - 1, 0, kNumGroups, 0, kFusedDown};
+        return {job, 0, kNumK, 0, kFusedUp};
+    }
+    // The jobs whose activations a CTA may be made to compute when it comes to `piece` of `ticket`: for those that were cut
+    // first, when each CTA had another piece since; for all, when there is no other way on.
+    __device__ __forceinline__ uint32_t num_summed_up(uint32_t ticket, const Piece& piece) const {
+        if (piece.phase >= kFusedDown) return up.num_items;
+        const uint32_t num_early = up.num_whole + up.num_quartered;
+        return ticket >= up.num_whole + up.num_quartered * 4 + kNumCtas ? num_early : 0;
     }
     __device__ __forceinline__ uint32_t first_ticket() const {
-        return few && blockIdx.x >= num_up ? num_up + blockIdx.x : blockIdx.x;
+        return few && blockIdx.x >= num_up ? first_down + blockIdx.x : blockIdx.x;
     }
     // Few items: one ticket of each phase for each CTA.
     __device__ __forceinline__ uint32_t next_ticket(uint32_t ticket) const {
-        return ticket < num_up ? num_up + blockIdx.x : num_tickets;
+        return ticket < num_up ? first_down + blockIdx.x : num_tickets;
     }
 };

@@ -1,6 +1,7 @@
 // What sm90_stream.cu is given, and what a CTA of it keeps in shared memory.
 #pragma once
 #include "activation.cuh"
+#include "copy.cuh"
 #include "mbarrier.cuh"
 #include "numeric.cuh"
 #include "stream_constants.cuh"
@@ -33,6 +34,7 @@ struct Params {
     uint16_t* out;  // deterministic: [choices, H], written and not added to
     ActivationForm form;
     float routed_scaling_factor;
+    uint32_t num_choices;
     uint32_t top_k;
     uint32_t tile_capacity;
     uint32_t inputs_from_previous_kernel;  // tokens and routing are written by the kernel just before in the stream
@@ -40,27 +42,36 @@ struct Params {
 
 static_assert(sizeof(Params) == PARAMS_BYTES, "the launcher's struct differs");
 
+// A Tile in half of its bytes.
+struct alignas(8) PackedTile {
+    uint32_t first_row;
+    uint16_t expert, num_rows;
+};
+
 struct SharedStorage {
     alignas(1024) uint8_t weights[kNumStages][2][kHalfBytes];
-    alignas(1024) uint8_t tokens[kNumStages][kMaxRows * kTileK];
+    alignas(1024) uint8_t tokens[kNumTokenStages][kMaxRows * kTileK];
     alignas(1024) uint8_t activation[2][kNumChunks][kMaxRows * kGroupSize];
     alignas(16) uint8_t outgoing[kMaxRows * kGroupSize];
     float outgoing_scale[kMaxRows];
-    alignas(16) Tile tiles[kTableTiles];
-    alignas(16) float token_scale[kNumStages][kMaxRows];
+    PackedTile tiles[kTableTiles];
+    alignas(16) float token_scale[kNumTokenStages][kMaxRows];
     alignas(16) float activation_scale[2][kNumChunks][kMaxRows];  // times the token's weight in `out`
     float row_weight[2][kMaxRows];
+    float inverse_scale[kMaxRows];
     int32_t output_row[2][kMaxRows];
-    float weight_scale[kNumStages][2];
+    float weight_scale[kNumTokenStages][2];
     float down_scale[2][kNumK * kNumChunks];  // of the columns of a piece
     float amax[4][kNumMathWarps];
     alignas(8) float row_amax[kNumMathWarps][kMaxRows];
     Piece queue[kQueueSize];
+    float queue_weight[kQueueSize][kMaxRows];  // topk_weights of the tile's rows, for pieces of the up phase
     int32_t gathered_token[2][kMaxRows];
     uint32_t num_tiles;
-    uint64_t full[kNumStages];         // weights
-    uint64_t tokens_full[kNumStages];  // and, in the up phase, tokens and scales
+    uint64_t full[kNumStages];  // weights
     uint64_t empty[kNumStages];
+    uint64_t tokens_full[kNumTokenStages];  // in the up phase tokens and scales
+    uint64_t tokens_empty[kNumTokenStages];
     uint64_t queue_full[kQueueSize];
     uint64_t queue_empty[kQueueSize];
     uint64_t activation_full[2];
@@ -70,8 +81,32 @@ struct SharedStorage {
 static_assert(sizeof(SharedStorage) <= SMEM_BYTES, "the launcher reserves too little shared memory");
 
 __device__ __forceinline__ Tile tile_at(const Params& p, const SharedStorage& shared, uint32_t index) {
-    return index < kTableTiles ? shared.tiles[index] : p.tiles[1 + index];
+    if (index >= kTableTiles) return p.tiles[1 + index];
+    const PackedTile tile = shared.tiles[index];
+    return {tile.expert, tile.first_row, tile.num_rows, 0};
+}
+
+// The first tiles, by the math threads.
+__device__ __forceinline__ void copy_table(const Params& p, SharedStorage& shared) {
+    constexpr uint32_t kTilesPerThread = kTableTiles / kNumMathThreads;
+    Tile tiles[kTilesPerThread];
+#pragma unroll
+    for (uint32_t i = 0; i < kTilesPerThread; ++i)
+        tiles[i] = p.tiles[1 + min(threadIdx.x + i * kNumMathThreads, p.tile_capacity - 1)];
+#pragma unroll
+    for (uint32_t i = 0; i < kTilesPerThread; ++i)
+        shared.tiles[threadIdx.x + i * kNumMathThreads] = {tiles[i].first_row, static_cast<uint16_t>(tiles[i].expert),
+                                                           static_cast<uint16_t>(tiles[i].num_rows)};
+}
+
+// This CTA's lines of sorted_choices on their way to L2, by the threads that gather.
+__device__ __forceinline__ void prefetch_choices(const Params& p, uint32_t thread) {
+    constexpr uint32_t kLine = 128 / sizeof(int32_t);
+#pragma unroll 1
+    for (uint32_t i = (blockIdx.x + thread * kNumCtas) * kLine; i < p.num_choices; i += kNumGatherThreads * kNumCtas * kLine)
+        prefetch_l2(p.sorted_choices + i);
 }
 
 using Position = RingPosition<kNumStages>;
+using TokenPosition = RingPosition<kNumTokenStages>;
 using QueuePosition = RingPosition<kQueueSize>;
