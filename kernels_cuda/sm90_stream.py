@@ -37,6 +37,7 @@ QUEUE_SIZE = 8  # pieces of work that a CTA has taken
 SUMS_ROW_BYTES = 1024
 FLAGGED_PARTS = 4  # with so many parts of a job at most, a flag follows its sums: there are too many of them to mark
 FLAG_BYTES = 8 * FLAGGED_PARTS * 4  # of a job: for each warp and part
+FUSED_FROM = 1.6  # tiles for each SM
 DETERMINISTIC_PARTS = 8  # of a job, whatever the batch
 
 
@@ -79,7 +80,7 @@ def smem_bytes(shape: MoEShape, max_rows: int, num_stages: int) -> int:
 
 def token_stages(max_rows: int, num_stages: int) -> int:
     """How many stages of tokens go with so many of weights: fewer of tall tiles, which leaves room for one of weights."""
-    return num_stages if max_rows <= 32 else min(num_stages, 4)
+    return num_stages if max_rows < 32 else min(num_stages, 3)
 
 
 def most_stages(shape: MoEShape, max_rows: int) -> int:
@@ -156,7 +157,7 @@ class SM90Stream(Variant):
             num_stages = most_stages(shape, max_rows)
             yield Config(
                 max_rows=max_rows,
-                max_parts=DETERMINISTIC_PARTS if self.deterministic else default_max_parts(num_tokens),
+                max_parts=DETERMINISTIC_PARTS if self.deterministic else default_max_parts(shape, num_tokens),
                 num_stages=num_stages,
                 num_in_flight=2 if num_tokens <= 4 else 3,
             )
@@ -263,6 +264,8 @@ def default_max_rows(shape: MoEShape, num_tokens: int) -> int:
     return next((height for height in fitting if height >= wanted), fitting[-1])
 
 
-def default_max_parts(num_tokens: int) -> int:
-    """Fewer parts of a job as there are more rows to exchange."""
-    return 16 if num_tokens <= 32 else 8 if num_tokens <= 128 else 4
+def default_max_parts(shape: MoEShape, num_tokens: int) -> int:
+    """Fewer parts of a job as there are more rows to exchange, and where tiles are so many that some are fused."""
+    if shape.expected_experts_hit(num_tokens) > FUSED_FROM * NUM_SMS:
+        return FLAGGED_PARTS
+    return 16 if num_tokens <= 32 else 8 if num_tokens <= 128 else FLAGGED_PARTS

@@ -96,18 +96,18 @@ FEW_JOBS = (MoEShape(8, 640, 256, 2), 1, 8, 16)
 """16 CTAs for 4 jobs: each has at most one piece of a phase."""
 
 MANY_TILES = (MoEShape(64, 512, 128, 2), 80, 8, 4)
-"""About 75 jobs for 4 CTAs: whole jobs, fused tiles, pieces of the down phase of all sizes."""
+"""About 75 tiles for 4 CTAs: with 4 parts fused ones, else whole, quartered and fine pieces."""
 
 WITHOUT_FUSED = (MoEShape(20, 768, 128, 2), 40, 8, 16)
 """About 25 tiles for 16 CTAs: quartered and fine pieces of both phases, and activations of the first while others sum up."""
 
 TWO_CHUNKS = (MoEShape(8, 640, 256, 2), 40, 32, 5)
-"""5 fused tiles of 2 chunks, and 6 jobs in parts beside them."""
+"""With 4 parts 5 fused tiles of 2 chunks, and 6 jobs in parts beside them."""
 
 MANY_CHUNKS = (MoEShape(6, 384, 1024, 2), 30, 16, 3)
 """3 fused tiles of more chunks than the ring has stages, and half a group of columns."""
 
-BEYOND_THE_TABLE = (MoEShape(800, 256, 128, 2), 760, 8, 6)
+BEYOND_THE_TABLE = (MoEShape(560, 256, 128, 4), 600, 8, 6)
 """More tiles than a CTA keeps."""
 
 TALL = (MoEShape(4, 1152, 128, 2), 60, 64, 6)
@@ -116,24 +116,26 @@ SHORT_K = (MoEShape(3, 256, 128, 2), 9, 16, 8)
 
 
 @pytest.mark.parametrize(
-    ("case", "law", "dropped"),
+    ("case", "max_parts", "law", "dropped"),
     [
-        (FEW_JOBS, "uniform", 0.0),
-        (MANY_TILES, "uniform", 0.0),
-        (TWO_CHUNKS, "uniform", 0.3),
-        (TWO_CHUNKS, "one-expert", 0.0),
-        (WITHOUT_FUSED, "uniform", 0.0),
-        (MANY_CHUNKS, "uniform", 0.3),
-        (BEYOND_THE_TABLE, "uniform", 0.0),
-        (TALL, "zipf:1.2", 0.3),
-        (TALL, "one-expert", 0.0),
-        (SHORT_K, "uniform", 0.0),
+        (FEW_JOBS, 16, "uniform", 0.0),
+        (WITHOUT_FUSED, 8, "uniform", 0.0),
+        (MANY_TILES, 4, "uniform", 0.0),
+        (MANY_TILES, 8, "uniform", 0.0),
+        (TWO_CHUNKS, 4, "uniform", 0.3),
+        (TWO_CHUNKS, 4, "one-expert", 0.0),
+        (TWO_CHUNKS, 8, "uniform", 0.0),
+        (MANY_CHUNKS, 4, "uniform", 0.3),
+        (BEYOND_THE_TABLE, 4, "uniform", 0.0),
+        (TALL, 4, "zipf:1.2", 0.3),
+        (TALL, 8, "one-expert", 0.0),
+        (SHORT_K, 16, "uniform", 0.0),
     ],
 )
-def test_stream_is_right_under_any_interleaving(case, law, dropped):
+def test_stream_is_right_under_any_interleaving(case, max_parts, law, dropped):
     shape, num_tokens, max_rows, num_sms = case
     weights, inputs = batch(shape, num_tokens, law, dropped=dropped)
-    config = stream_config(SM90Stream(), weights, num_tokens, max_rows)
+    config = Config(**{**stream_config(SM90Stream(), weights, num_tokens, max_rows), "max_parts": max_parts})
     for seed in SEEDS:
         out = output(SM90Stream(), weights, inputs, config, num_sms, seed, aligned=seed % 2 == 0)
         assert error(out, weights, inputs) < TOLERANCE

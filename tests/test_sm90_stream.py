@@ -15,6 +15,7 @@ from kernels_cuda.sm90_stream import (
     MAX_STAGES,
     Exchange,
     SM90Stream,
+    default_max_parts,
     default_max_rows,
     max_rows_that_fit,
     most_stages,
@@ -77,6 +78,17 @@ def test_tiles_grow_with_the_rows_of_an_expert():
     heights = [default_max_rows(DSV3_TP16, tokens) for tokens in TOKENS]
     assert heights == sorted(heights)
     assert (heights[1], heights[-1]) == (8, 64)
+
+
+def test_sums_are_flagged_where_there_are_many_rows_or_tiles():
+    qwen = shape_of_alias("qwen3next_tp4")
+    assert [default_max_parts(DSV3_TP16, tokens) for tokens in (1, 32, 64, 1024)] == [16, 16, 4, 4]
+    assert [default_max_parts(qwen, tokens) for tokens in (16, 32, 64)] == [16, 4, 4]
+    assert [default_max_parts(WIDE, tokens) for tokens in (16, 64, 256)] == [16, 8, 4]
+
+
+def test_tall_tiles_have_fewer_stages_of_tokens_and_so_as_many_of_weights():
+    assert [most_stages(DSV3_TP16, rows) for rows in MAX_ROWS] == [6, 6, 5, 6, 5, 5]
 
 
 def test_wide_layers_get_shorter_tiles():

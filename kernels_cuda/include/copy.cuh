@@ -94,19 +94,6 @@ __device__ __forceinline__ void bulk_store(void* destination, const void* source
                  : "memory");
 }
 
-// Adds num_bytes of bf16 in shared memory, a multiple of 16, to global memory; as bulk_store() else. The order of several
-// such additions is not fixed.
-__device__ __forceinline__ void bulk_add_bf16(void* destination, const void* source, uint32_t num_bytes) {
-    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.noftz.bf16 [%0], [%1], %2;" ::"l"(destination),
-                 "r"(shared_address(source)), "r"(num_bytes)
-                 : "memory");
-}
-
-// Until the sources of this thread's bulk_store() and bulk_add_bf16() may be overwritten.
-__device__ __forceinline__ void bulk_store_wait_read() {
-    asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
-}
-
 __device__ __forceinline__ void bulk_store_wait_all() {
     asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;" ::: "memory");
 }

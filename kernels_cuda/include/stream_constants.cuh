@@ -29,9 +29,9 @@ constexpr uint32_t kNumThreads = 384;
 constexpr uint32_t kTableTiles = 2 * kNumMathThreads;                  // tiles kept in shared memory
 constexpr uint32_t kFlaggedParts = 4;
 constexpr bool kFlagged = kMaxParts == kFlaggedParts;  // sums are followed by a flag; else they are their own signal
+constexpr bool kFuses = kFlagged && !kDeterministic;   // some tiles pass both phases in one CTA, where there are many
 constexpr uint32_t kMathBarrier = 1;
 constexpr uint32_t kGatherBarrier = 2;
-constexpr uint32_t kWarpgroupBarrier = 3;  // and 4
 
 // Up to 32 rows 128 registers a thread do, which leaves room on the SM for the kernel before, so that this one need not
 // wait for it to leave. Of these, or of all 64 K, the 128 producer threads leave most to the 256 math threads.
@@ -40,8 +40,8 @@ constexpr uint32_t kThreadsToFit = kLeavesRoom ? 512 : kNumThreads;
 constexpr uint32_t kProducerRegisters = kLeavesRoom ? 64 : 72;
 constexpr uint32_t kMathRegisters = kLeavesRoom ? 160 : 216;
 
-// Tokens of tall tiles take the room of a stage of weights.
-constexpr uint32_t kNumTokenStages = kMaxRows <= 32 || kNumStages < 4 ? kNumStages : 4;
+// Tokens of tall tiles would take the room of a stage of weights.
+constexpr uint32_t kNumTokenStages = kMaxRows < 32 || kNumStages < 3 ? kNumStages : 3;
 
 static_assert(kMaxParts >= 4, "jobs are cut into 4 or more parts");
 static_assert(kMaxRows <= 32 ? kMaxRows % 8 == 0 : kMaxRows == 48 || kMaxRows == 64, "tiles of 8, 16, 24, 32, 48 or 64 rows");

@@ -108,14 +108,14 @@ struct WeightLoader {
             if (first && piece.phase == kUp) piece.first_unit = early_end(piece);
             if (schedule.few) {
                 ticket = schedule.next_ticket(ticket);
-            } else if (piece.phase != kFusedUp) {
+            } else if (!kFuses || piece.phase != kFusedUp) {
                 if (!counter_is_set) grid_dependency::wait();  // by the previous kernel, to -1
                 counter_is_set = true;
                 ticket = kNumCtas + 1 + atomicAdd(p.ticket_counter, 1u);
             }
             first = false;
             load_units(piece);
-            piece = piece.phase == kFusedUp ? Schedule::following(piece) : schedule.piece(ticket);
+            piece = kFuses && piece.phase == kFusedUp ? Schedule::following(piece) : schedule.piece(ticket);
         }
     }
 
@@ -164,7 +164,7 @@ struct Gatherer {
             const Piece piece = shared.queue[queue.stage];
             if (piece.phase == kEnd) break;
             if (piece.phase <= kFusedUp) gather_up(piece, shared.queue_weight[queue.stage]);
-            if (piece.phase == kFusedDown) gather_down(piece, kOwn);
+            if (kFuses && piece.phase == kFusedDown) gather_down(piece, kOwn);
             if (piece.phase == kDown) {
                 grid_dependency::wait();  // before that activations may look written that are not
                 gather_down(piece, few ? kFromSums : kFromMemory);

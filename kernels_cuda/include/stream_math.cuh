@@ -7,8 +7,12 @@
 #include "stream_storage.cuh"
 #include "wgmma.cuh"
 
-// Heights that a tile can have: 8, 16, 24, 32, 48, 64.
-__device__ __forceinline__ constexpr uint32_t next_height(uint32_t rows) { return rows + (rows < 32 ? 8 : 16); }
+// The heights that products have: a multiple of 16 rows, or kMaxRows. More of them would save nothing while weights are
+// waited for, and each takes its place in the instruction caches.
+constexpr uint32_t kLeastHeight = kMaxRows < 16 ? kMaxRows : 16;
+__device__ __forceinline__ constexpr uint32_t next_height(uint32_t rows) {
+    return rows + 16 < kMaxRows ? rows + 16 : kMaxRows;
+}
 
 // Two warpgroups: each 64 gate rows and the same 64 up rows of the chunk, then 128 of each group's 256 columns.
 struct Math {
@@ -21,7 +25,6 @@ struct Math {
     Position ring;
     TokenPosition token_ring;
     RingPosition<2> activation;
-    uint32_t held_stage = kNumStages;  // a stage whose weights are used, and whose memory this warpgroup's last output leaves
 
     __device__ __forceinline__ Math(const Params& p, SharedStorage& shared) : p(p), shared(shared) {}
 
@@ -30,13 +33,6 @@ struct Math {
     __device__ __forceinline__ void release_stage() {
         mbarrier::arrive_warp(shared.empty[ring.stage]);
         ring.advance();
-    }
-
-    __device__ __forceinline__ void release_held_stage() {
-        if (held_stage == kNumStages) return;
-        bulk_store_wait_read();
-        mbarrier::arrive_warp(shared.empty[held_stage]);
-        held_stage = kNumStages;
     }
 
     // Some K tiles of one job: gate and up sums of 64 rows each, into the rows of the piece in the exchange. If these are
@@ -73,7 +69,7 @@ struct Math {
         if (whole) {
             const uint32_t chunk = piece.item % kNumChunks;
             const float weight = thread < tile.num_rows ? row_weight[thread] * p.routed_scaling_factor : 0.f;
-            if (piece.phase == kFusedUp)
+            if (kFuses && piece.phase == kFusedUp)
                 return activate_own<kRows>(tile, gate, up, shared.activation[activation.stage][chunk],
                                            shared.activation_scale[activation.stage][chunk], weight);
             activate_own<kRows>(tile, gate, up, shared.outgoing, shared.outgoing_scale, 1.f);
@@ -265,7 +261,6 @@ struct Math {
         for (uint32_t group = piece.first_unit; group < piece.last_unit; ++group) {
             const uint32_t first_column = group * kGroupColumns + warpgroup * kTileRows;
             if (first_column >= kHiddenSize) {  // the last group may be half
-                release_held_stage();
 #pragma unroll 1
                 for (uint32_t chunk = 0; chunk < kNumChunks; ++chunk) {
                     wait_weights();
@@ -277,7 +272,7 @@ struct Math {
 #pragma unroll
             for (uint32_t i = 0; i < kRows / 2; ++i) sums[0][i] = sums[1][i] = 0.f;
 #pragma unroll 1
-            for (uint32_t chunk = 0;; ++chunk) {
+            for (uint32_t chunk = 0; chunk < kNumChunks; ++chunk) {
                 wait_weights();
                 float partial[2][kRows / 2];
                 const uint64_t activation = wgmma::descriptor(shared.activation[buffer][chunk]);
@@ -288,78 +283,39 @@ struct Math {
                 wgmma::wait<0>();
                 wgmma::pin(partial[0]);
                 wgmma::pin(partial[1]);
-                release_held_stage();
-                const bool last = chunk + 1 == kNumChunks;
-                if (kDeterministic || !last) release_stage();
+                release_stage();
 #pragma unroll
                 for (uint32_t half = 0; half < 2; ++half)
                     promote<kRows>(sums[half], partial[half], shared.activation_scale[buffer][chunk], weight_scale, lane);
-                if (last) break;
             }
-            if constexpr (kDeterministic)
-                store_rows<kRows>(tile, first_column, sums);
-            else
-                add_rows<kRows>(tile, first_column, sums);
-        }
-        release_held_stage();
-    }
-
-    // output(row, values): the 8 columns from lane / 8 * 8 of the warp's 32, of a row that the tile has. Lanes 4 apart hold
-    // columns 4 apart of the same two tokens: they swap, and each has 8 columns of one.
-    template <uint32_t kRows, typename Output>
-    __device__ __forceinline__ void for_each_row(const Tile& tile, const float (&sums)[2][kRows / 2], Output output) {
-        const bool odd = lane & 4;
+            // Lanes 4 apart hold columns 4 apart of the same two tokens: they swap, and each adds 8 columns of one.
+            const bool odd = lane & 4;
+            uint16_t* const columns = p.out + first_column + (warp % 4) * 32 + lane / 8 * 8;
 #pragma unroll
-        for (uint32_t j = 0; j < kRows / 8; ++j) {
-            uint32_t low[2], high[2];
+            for (uint32_t j = 0; j < kRows / 8; ++j) {
+                uint32_t low[2], high[2];
 #pragma unroll
-            for (uint32_t b = 0; b < 2; ++b) {
-                low[b] = pack_bf16x2(sums[0][4 * j + b], sums[0][4 * j + 2 + b]);
-                high[b] = pack_bf16x2(sums[1][4 * j + b], sums[1][4 * j + 2 + b]);
+                for (uint32_t b = 0; b < 2; ++b) {
+                    low[b] = pack_bf16x2(sums[0][4 * j + b], sums[0][4 * j + 2 + b]);
+                    high[b] = pack_bf16x2(sums[1][4 * j + b], sums[1][4 * j + 2 + b]);
+                }
+                const uint32_t other_low = __shfl_xor_sync(~0u, odd ? low[0] : low[1], 4);
+                const uint32_t other_high = __shfl_xor_sync(~0u, odd ? high[0] : high[1], 4);
+                const uint32_t row = 8 * j + 2 * (lane % 4) + odd;
+                if (row >= tile.num_rows) continue;
+                uint16_t* const address = columns + static_cast<uint64_t>(shared.output_row[buffer][row]) * kHiddenSize;
+                const uint4 values = odd ? make_uint4(other_low, other_high, low[1], high[1])
+                                         : make_uint4(low[0], high[0], other_low, other_high);
+                if constexpr (kDeterministic)
+                    *reinterpret_cast<uint4*>(address) = values;
+                else
+                    add_bf16x8(address, values);
             }
-            const uint32_t other_low = __shfl_xor_sync(~0u, odd ? low[0] : low[1], 4);
-            const uint32_t other_high = __shfl_xor_sync(~0u, odd ? high[0] : high[1], 4);
-            const uint32_t row = 8 * j + 2 * (lane % 4) + odd;
-            if (row < tile.num_rows)
-                output(row, odd ? make_uint4(other_low, other_high, low[1], high[1])
-                                : make_uint4(low[0], high[0], other_low, other_high));
         }
-    }
-
-    // This warpgroup's 128 columns of each row, stored.
-    template <uint32_t kRows>
-    __device__ __forceinline__ void store_rows(const Tile& tile, uint32_t first_column, const float (&sums)[2][kRows / 2]) {
-        uint16_t* const columns = p.out + first_column + warp % 4 * 32 + lane / 8 * 8;
-        for_each_row<kRows>(tile, sums, [&](uint32_t row, uint4 values) {
-            const uint64_t output_row = shared.output_row[activation.stage][row];
-            *reinterpret_cast<uint4*>(columns + output_row * kHiddenSize) = values;
-        });
-    }
-
-    // The same, added by the copy engine, 256 bytes of a row at a time, out of this warpgroup's half of the stage whose
-    // weights it has just used. That stage is free when the copy engine has read it.
-    template <uint32_t kRows>
-    __device__ __forceinline__ void add_rows(const Tile& tile, uint32_t first_column, const float (&sums)[2][kRows / 2]) {
-        constexpr uint32_t kRowBytes = kTileRows * sizeof(uint16_t);
-        constexpr uint32_t kPitch = kRows * (kRowBytes + 16) <= kHalfBytes ? kRowBytes + 16 : kRowBytes;  // over the banks
-        uint8_t* const rows = shared.weights[ring.stage][warpgroup];
-        named_barrier(kWarpgroupBarrier + warpgroup, 128);  // all four warps have used the weights
-        for_each_row<kRows>(tile, sums, [&](uint32_t row, uint4 values) {
-            *reinterpret_cast<uint4*>(rows + row * kPitch + warp % 4 * 64 + lane / 8 * 16) = values;
-        });
-        fence_async_proxy();
-        named_barrier(kWarpgroupBarrier + warpgroup, 128);
-        const uint32_t row = thread % 128;
-        if (row < tile.num_rows) {
-            const uint64_t output_row = shared.output_row[activation.stage][row];
-            bulk_add_bf16(p.out + output_row * kHiddenSize + first_column, rows + row * kPitch, kRowBytes);
-        }
-        held_stage = ring.stage;
-        ring.advance();
     }
 
     // project_up() and project_down() with the least height that holds the tile's rows, kRows or more.
-    template <uint32_t kRows = 8>
+    template <uint32_t kRows = kLeastHeight>
     __device__ __forceinline__ void project_up_fitting(const Tile& tile, const Piece& piece, bool whole,
                                                        const float* row_weight) {
         if constexpr (kRows < kMaxRows)
@@ -367,7 +323,7 @@ struct Math {
         project_up<kRows>(tile, piece, !kDeterministic && whole, row_weight);
     }
 
-    template <uint32_t kRows = 8>
+    template <uint32_t kRows = kLeastHeight>
     __device__ __forceinline__ void project_down_fitting(const Tile& tile, const Piece& piece) {
         if constexpr (kRows < kMaxRows)
             if (tile.num_rows > kRows) return project_down_fitting<next_height(kRows)>(tile, piece);

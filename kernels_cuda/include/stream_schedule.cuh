@@ -20,10 +20,9 @@ __device__ __forceinline__ uint32_t small_quotient(uint32_t dividend, uint32_t d
 // so that each CTA has at most one piece. Many: the first ones not at all, the next ones into 4, the last ones finely; if
 // the phase need not end everywhere at a time, as many as possible not at all.
 // Where units add up to one sum and that has to come out the same in any batch, all finely.
-template <uint32_t kUnits, uint32_t kUnitsInFinePart, uint32_t kMostParts, bool kUnitsAddUp>
+template <uint32_t kUnits, uint32_t kMostParts, bool kUnitsAddUp>
 struct Cut {
-    static constexpr uint32_t kWantedParts = kUnits / kUnitsInFinePart;
-    static constexpr uint32_t kFineParts = kUnits < 4 ? 1 : kWantedParts < kMostParts ? kWantedParts : kMostParts;
+    static constexpr uint32_t kFineParts = kUnits < 4 ? 1 : kUnits / 2 < kMostParts ? kUnits / 2 : kMostParts;
     static constexpr uint32_t kFewestFine = 20;
     uint32_t num_items, num_whole, num_quartered, num_fine_parts;
 
@@ -59,17 +58,15 @@ struct Cut {
 };
 
 // What there is to do. Tickets of the up phase, one for each fused tile, then tickets of the down phase. Fused tiles are
-// the last ones; the others are cut, and so many that their down phase evens out the rest.
+// the last ones; the others are cut, and so many that their down phase evens out the rest. Of few tiles none is fused.
 struct Schedule {
-    using UpCut = Cut<kNumK, 2, kMaxParts, true>;
-    using DownCut = Cut<kNumGroups, kNumChunks == 1 ? 2 : 1, 32, false>;  // two stages in a fine part, or a unit
-    static constexpr uint32_t kFinePartsUp = UpCut::kFineParts;
+    static constexpr uint32_t kFinePartsUp = Cut<kNumK, kMaxParts, true>::kFineParts;
     static constexpr uint32_t kEnoughCut = 3 * kNumCtas;
     static constexpr uint32_t kTilesInRound = kNumCtas % kNumChunks == 0 ? kNumCtas / kNumChunks : kNumCtas;  // a job for each CTA
     bool few;
     uint32_t num_cut, num_fused;  // tiles
-    UpCut up;
-    DownCut down;
+    Cut<kNumK, kMaxParts, true> up;
+    Cut<kNumGroups, 16, false> down;
     uint32_t num_up, first_down, num_tickets;
 
     __device__ __forceinline__ explicit Schedule(uint32_t num_tiles)
@@ -78,7 +75,7 @@ struct Schedule {
           num_up(up.num_pieces()), first_down(num_up + num_fused), num_tickets(first_down + down.num_pieces()) {}
 
     __device__ __forceinline__ static uint32_t tiles_to_cut(uint32_t num_tiles) {
-        if (kDeterministic) return num_tiles;
+        if (!kFuses) return num_tiles;
         constexpr uint32_t kDownUnits = kNumGroups * kNumChunks, kFusedUnits = kNumK * kNumChunks + kDownUnits;
         const uint32_t least = min(num_tiles * 2 / 5, kEnoughCut);
         // So that each CTA has whole jobs and there are no sums to exchange, if it evens out that then some CTAs have a fused
@@ -89,10 +86,11 @@ struct Schedule {
         // Or as many fused tiles for each CTA.
         return num_tiles - (num_tiles - least) / kNumCtas * kNumCtas;
     }
+
     // The first piece of a ticket; past the last ticket, the end.
     __device__ __forceinline__ Piece piece(uint32_t ticket) const {
         if (ticket < num_up) return up.piece(ticket, kUp);
-        if (ticket < first_down) return {(num_cut + ticket - num_up) * kNumChunks, 0, kNumK, 0, kFusedUp};
+        if (kFuses && ticket < first_down) return {(num_cut + ticket - num_up) * kNumChunks, 0, kNumK, 0, kFusedUp};
         if (ticket < num_tickets) return down.piece(ticket - first_down, kDown);
         return {0, 0, 0, 0, kEnd};
     }
@@ -102,6 +100,7 @@ struct Schedule {
         if (job % kNumChunks == 0) return {job / kNumChunks - 1, 0, kNumGroups, 0, kFusedDown};
         return {job, 0, kNumK, 0, kFusedUp};
     }
+
     // The jobs whose activations a CTA may be made to compute when it comes to `piece` of `ticket`: for those that were cut
     // first, when each CTA had another piece since; for all, when there is no other way on.
     __device__ __forceinline__ uint32_t num_summed_up(uint32_t ticket, const Piece& piece) const {
@@ -109,6 +108,7 @@ struct Schedule {
         const uint32_t num_early = up.num_whole + up.num_quartered;
         return ticket >= up.num_whole + up.num_quartered * 4 + kNumCtas ? num_early : 0;
     }
+
     __device__ __forceinline__ uint32_t first_ticket() const {
         return few && blockIdx.x >= num_up ? first_down + blockIdx.x : blockIdx.x;
     }

@@ -1,7 +1,6 @@
 // Asynchronous copies, emulated: each lands as a whole at a moment that the scheduler picks, and reads its source then.
 #pragma once
 #include "mbarrier.cuh"
-#include "numeric.cuh"
 #include "types.cuh"
 
 namespace emulation {
@@ -161,29 +160,6 @@ inline void bulk_store(void* destination, const void* source, uint32_t num_bytes
         memcpy(destination, source, num_bytes);
         if (--fiber->num_bulk_stores == 0) emulation::launch->wake(fiber->awaiting_bulk_stores);
     });
-}
-
-inline void bulk_add_bf16(void* destination, const void* source, uint32_t num_bytes, EMULATED_WHERE) {
-    emulation::shared_offset(source);
-    if (reinterpret_cast<uintptr_t>(source) % 16 != 0 || reinterpret_cast<uintptr_t>(destination) % 16 != 0 ||
-        num_bytes % 16 != 0)
-        throw emulation::Fault{emulation::name_of(where) + ": a bulk copy takes multiples of 16 bytes"};
-    emulation::Fiber* const fiber = emulation::current;
-    ++fiber->num_bulk_stores;
-    emulation::launch->later("a bulk addition", fiber->cta, [=] {
-        for (uint32_t i = 0; i < num_bytes; i += 16) {
-            uint4 values;
-            memcpy(&values, static_cast<const uint8_t*>(source) + i, 16);
-            add_bf16x8(reinterpret_cast<uint16_t*>(static_cast<uint8_t*>(destination) + i), values, where);
-        }
-        if (--fiber->num_bulk_stores == 0) emulation::launch->wake(fiber->awaiting_bulk_stores);
-    });
-}
-
-// Both wait until the source is read and the destination written.
-inline void bulk_store_wait_read(EMULATED_WHERE) {
-    emulation::Fiber& fiber = *emulation::current;
-    while (fiber.num_bulk_stores > 0) emulation::launch->sleep(fiber.awaiting_bulk_stores, "its bulk stores", where);
 }
 
 inline void bulk_store_wait_all(EMULATED_WHERE) {
