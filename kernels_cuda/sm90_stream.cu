@@ -14,6 +14,11 @@
 // reset, and the pieces of a job are always added in the same order. With many rows filling takes longer than waiting, so
 // that flags follow the sums (MAX_PARTS of 4).
 //
+// Where tiles are many (MAX_PARTS of 4 again) there is no moment at which all SMs change phase and loads stop: three of five
+// tiles are fused, that is, one ticket takes both phases of such a tile and its activations stay on the SM. These tickets
+// lie between the up phase and the down phase of the other tiles, whose sums and activations meet meanwhile and whose
+// small pieces even out the end.
+//
 // Where there are only a few jobs no tickets are needed: a CTA has at most one piece of each phase, and computes the
 // activations of its own tile itself, which saves the second meeting.
 //
@@ -21,12 +26,12 @@
 // sm90_combine.cu adds those up in a fixed order.
 //
 // Over sm90_fused.cu: SMs share bytes, not items, so that none idles where items do not divide over SMs. On an H200, kernel
-// alone, of the floor of reading the weights: dsv3_tp16 M=1 11.5 us (1.56), M=64 147 (1.08), M=256 175 (1.13); dsv3_tp8 M=16
-// 130 (1.06), M=256 334 (1.08): experiments/2026-11-23_weight_stream, with what holds it at each size.
+// alone, of the floor of reading the weights: dsv3_tp16 M=8 44.5 us (1.23), M=64 142 (1.04), M=256 171 (1.09); dsv3_tp8 M=64
+// 269 (0.99), M=256 320 (1.03); qwen3next_tp4 M=256 98 (1.10): experiments/2026-11-27_fused_tickets, with what holds it.
 //
 // Warps 0-7 (two warpgroups) multiply; warp 8 takes tickets and loads weights; warps 9-11 gather tokens and scales.
 //
-// Set by the compiler's command line: MAX_ROWS (8, 16, 32, 64), HIDDEN_SIZE, NUM_CHUNKS (intermediate size / 128),
+// Set by the compiler's command line: MAX_ROWS (8, 16, 24, 32, 48, 64), HIDDEN_SIZE, NUM_CHUNKS (intermediate size / 128),
 // MAX_PARTS (pieces of a job), NUM_STAGES, NUM_IN_FLIGHT (stages whose loads may be under way), NUM_CTAS (all resident at a
 // time), DETERMINISTIC, and what the launcher passes: SMEM_BYTES of shared memory and PARAMS_BYTES of parameters.
 #include "cluster.cuh"
@@ -42,11 +47,7 @@ extern "C" __global__ void __launch_bounds__(kThreadsToFit, 1) sm90_stream(const
     WeightLoader loader(p, shared);
     const uint32_t thread = threadIdx.x;
     if (thread / 32 == kNumMathWarps) loader.start();
-    // Reads that would wait behind those weights if they came after them.
-    if (thread < kNumMathThreads)
-        copy_table(p, shared);
-    else if (thread >= kNumMathThreads + 32 && !p.inputs_from_previous_kernel)
-        prefetch_choices(p, thread - kNumMathThreads - 32);
+    if (thread < kNumMathThreads) copy_table(p, shared);  // the loader's warp would wait behind its weights
     __syncthreads();
     if (shared.num_tiles == 0) return;
 

@@ -60,7 +60,6 @@ class _Params(ctypes.Structure):
         ("out", ctypes.c_uint64),
         ("form", ActivationForm),
         ("routed_scaling_factor", ctypes.c_float),
-        ("num_choices", ctypes.c_uint32),
         ("top_k", ctypes.c_uint32),
         ("tile_capacity", ctypes.c_uint32),
         ("inputs_from_previous_kernel", ctypes.c_uint32),
@@ -79,8 +78,8 @@ def smem_bytes(shape: MoEShape, max_rows: int, num_stages: int) -> int:
 
 
 def token_stages(max_rows: int, num_stages: int) -> int:
-    """How many stages of tokens go with so many of weights: fewer of tall tiles, which leaves room for one of weights."""
-    return num_stages if max_rows < 32 else min(num_stages, 3)
+    """How many stages of tokens go with so many of weights: fewer of tall tiles, to leave room for one of weights."""
+    return num_stages if max_rows <= 32 else min(num_stages, 4)
 
 
 def most_stages(shape: MoEShape, max_rows: int) -> int:
@@ -200,7 +199,6 @@ class SM90Stream(Variant):
             target = torch.empty(inputs.topk_ids.numel(), shape.hidden_size, dtype=out.dtype, device=out.device)
         params.out = pointer(target)
         params.routed_scaling_factor = inputs.routed_scaling_factor
-        params.num_choices = inputs.topk_ids.numel()
         params.tile_capacity = ready.routing.tiles.shape[0] - 1
         kernel.launch(params, prepared.num_ctas, overlap_previous=True)
         if self.deterministic:

@@ -99,7 +99,7 @@ MANY_TILES = (MoEShape(64, 512, 128, 2), 80, 8, 4)
 """About 75 tiles for 4 CTAs: with 4 parts fused ones, else whole, quartered and fine pieces."""
 
 WITHOUT_FUSED = (MoEShape(20, 768, 128, 2), 40, 8, 16)
-"""About 25 tiles for 16 CTAs: quartered and fine pieces of both phases, and activations of the first while others sum up."""
+"""16 to 20 tiles for 16 CTAs: quartered and fine pieces, and activations of the first ones while others sum up."""
 
 TWO_CHUNKS = (MoEShape(8, 640, 256, 2), 40, 32, 5)
 """With 4 parts 5 fused tiles of 2 chunks, and 6 jobs in parts beside them."""

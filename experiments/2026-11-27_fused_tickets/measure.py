@@ -123,7 +123,10 @@ def candidates(arguments: list[str], shape: MoEShape, num_tokens: int) -> list[t
     rows_that_are_near = [
         config
         for config in new.configs(shape, num_tokens)
-        if num_tokens >= 64 and config.integer("max_rows") in wanted and config != default and 0.5 <= config["max_rows"] / default["max_rows"] <= 3
+        if num_tokens >= 64
+        and config.integer("max_rows") in wanted
+        and config != default
+        and 0.5 <= config["max_rows"] / default["max_rows"] <= 3
     ]
     found += [(f"rows {config['max_rows']}", new, config) for config in rows_that_are_near]
     for in_flight in options.get("in_flight", "").split(","):
@@ -161,7 +164,9 @@ def time_cells(arguments: list[str]) -> None:
                 own = prepared[variant.name]
                 aligned = [variant.align(own, batch, config) for batch in batches]
                 calls = [
-                    lambda batch=batch, variant=variant, own=own, config=config, out=out: variant.run(own, batch, out, config)
+                    lambda batch=batch, variant=variant, own=own, config=config, out=out: variant.run(
+                        own, batch, out, config
+                    )
                     for batch in aligned
                 ]
                 armed.append(timing.arm(timing.Candidate(label, calls, True), backend))
@@ -173,8 +178,11 @@ def time_cells(arguments: list[str]) -> None:
                 f"{label} {found.median_us:.1f} ({configs[label]['max_rows']}/{configs[label]['num_stages']})"
                 for label, found in measured.items()
             )
-            seconds = time.monotonic() - started
-            print(f"{alias} {num_tokens}: floor {floor:.1f}  {figures}  error {max(errors.values()):.4f} [{seconds:.1f} s]", flush=True)
+            error, seconds = max(errors.values()), time.monotonic() - started
+            print(
+                f"{alias} {num_tokens}: floor {floor:.1f}  {figures}  error {error:.4f} [{seconds:.1f} s]",
+                flush=True,
+            )
 
 
 def compile_all(arguments: list[str]) -> None:

@@ -102,11 +102,6 @@ __device__ __forceinline__ void prefetch_tensor_map(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// The line of an address on its way to L2; nothing waits for it.
-__device__ __forceinline__ void prefetch_l2(const void* address) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
-}
-
 // 16 bytes past L1; writes zeros instead when `valid` is false (source must still be an address of the same array).
 __device__ __forceinline__ void cp_async_16(uint32_t shared_destination, const void* source, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_destination), "l"(source),

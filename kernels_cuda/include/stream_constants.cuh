@@ -41,7 +41,7 @@ constexpr uint32_t kProducerRegisters = kLeavesRoom ? 64 : 72;
 constexpr uint32_t kMathRegisters = kLeavesRoom ? 160 : 216;
 
 // Tokens of tall tiles would take the room of a stage of weights.
-constexpr uint32_t kNumTokenStages = kMaxRows < 32 || kNumStages < 3 ? kNumStages : 3;
+constexpr uint32_t kNumTokenStages = kMaxRows <= 32 || kNumStages < 4 ? kNumStages : 4;
 
 static_assert(kMaxParts >= 4, "jobs are cut into 4 or more parts");
 static_assert(kMaxRows <= 32 ? kMaxRows % 8 == 0 : kMaxRows == 48 || kMaxRows == 64, "tiles of 8, 16, 24, 32, 48 or 64 rows");

@@ -144,7 +144,8 @@ struct WeightLoader {
 };
 
 // 96 threads: for every stage of the up phase the tokens' K tile, swizzled as wgmma reads it, and the scales, in a ring of
-// their own; for every piece of the down phase its rows and scales. Rows past the tile's last are left as they are: their products are not used.
+// their own; for every piece of the down phase its rows and scales. Rows past the tile's last are left as they are: their
+// products are not used.
 struct Gatherer {
     const Params& p;
     SharedStorage& shared;

@@ -51,7 +51,8 @@ struct Math {
             const uint64_t gate_rows = wgmma::descriptor(shared.weights[ring.stage][0] + warpgroup * kWarpgroupBytes);
             const uint64_t up_rows = wgmma::descriptor(shared.weights[ring.stage][1] + warpgroup * kWarpgroupBytes);
             const float* token_scale = shared.token_scale[token_ring.stage];
-            const float gate_scale = shared.weight_scale[token_ring.stage][0], up_scale = shared.weight_scale[token_ring.stage][1];
+            const float gate_scale = shared.weight_scale[token_ring.stage][0];
+            const float up_scale = shared.weight_scale[token_ring.stage][1];
             float gate_partial[kRows / 2], up_partial[kRows / 2];
             wgmma::multiply_k128<kRows>(gate_partial, gate_rows, tokens);
             wgmma::multiply_k128<kRows>(up_partial, up_rows, tokens);

@@ -62,7 +62,8 @@ struct Cut {
 struct Schedule {
     static constexpr uint32_t kFinePartsUp = Cut<kNumK, kMaxParts, true>::kFineParts;
     static constexpr uint32_t kEnoughCut = 3 * kNumCtas;
-    static constexpr uint32_t kTilesInRound = kNumCtas % kNumChunks == 0 ? kNumCtas / kNumChunks : kNumCtas;  // a job for each CTA
+    // A job for each CTA, or some.
+    static constexpr uint32_t kTilesInRound = kNumCtas % kNumChunks == 0 ? kNumCtas / kNumChunks : kNumCtas;
     bool few;
     uint32_t num_cut, num_fused;  // tiles
     Cut<kNumK, kMaxParts, true> up;

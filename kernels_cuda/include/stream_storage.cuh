@@ -1,7 +1,6 @@
 // What sm90_stream.cu is given, and what a CTA of it keeps in shared memory.
 #pragma once
 #include "activation.cuh"
-#include "copy.cuh"
 #include "mbarrier.cuh"
 #include "numeric.cuh"
 #include "stream_constants.cuh"
@@ -34,7 +33,6 @@ struct Params {
     uint16_t* out;  // deterministic: [choices, H], written and not added to
     ActivationForm form;
     float routed_scaling_factor;
-    uint32_t num_choices;
     uint32_t top_k;
     uint32_t tile_capacity;
     uint32_t inputs_from_previous_kernel;  // tokens and routing are written by the kernel just before in the stream
@@ -97,14 +95,6 @@ __device__ __forceinline__ void copy_table(const Params& p, SharedStorage& share
     for (uint32_t i = 0; i < kTilesPerThread; ++i)
         shared.tiles[threadIdx.x + i * kNumMathThreads] = {tiles[i].first_row, static_cast<uint16_t>(tiles[i].expert),
                                                            static_cast<uint16_t>(tiles[i].num_rows)};
-}
-
-// This CTA's lines of sorted_choices on their way to L2, by the threads that gather.
-__device__ __forceinline__ void prefetch_choices(const Params& p, uint32_t thread) {
-    constexpr uint32_t kLine = 128 / sizeof(int32_t);
-#pragma unroll 1
-    for (uint32_t i = (blockIdx.x + thread * kNumCtas) * kLine; i < p.num_choices; i += kNumGatherThreads * kNumCtas * kLine)
-        prefetch_l2(p.sorted_choices + i);
 }
 
 using Position = RingPosition<kNumStages>;

@@ -169,8 +169,6 @@ inline void bulk_store_wait_all(EMULATED_WHERE) {
 
 inline void prefetch_tensor_map(const TensorMap&) {}
 
-inline void prefetch_l2(const void*) {}
-
 inline void cp_async_16(void* destination, const void* source, bool valid, EMULATED_WHERE) {
     emulation::cp_async(destination, source, 16, valid, where);
 }
