@@ -7,6 +7,7 @@ small launch that routes, quantises, zeroes `out` and marks the exchange as unwr
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -185,15 +186,17 @@ class SM90Stream(Variant):
             return
         shape, max_rows = prepared.weights.shape, config.integer("max_rows")
         kernel = prepared.kernel(config)
-        exchange = Exchange(shape, inputs.num_tokens, config, out.device)
+        num_chunks = scale_blocks(shape.intermediate_size)
+        parts = exchange(inputs.topk_ids.numel(), shape.num_experts, num_chunks, max_rows, config.integer("max_parts"))
+        addresses, marked = workspace.allocate(parts, out.device)
         params = _Params.from_buffer_copy(prepared.params)
-        ready = tiled_inputs.make_ready(inputs, shape, max_rows, zeros=out, ones=exchange.marked)
+        ready = tiled_inputs.make_ready(inputs, shape, max_rows, zeros=out, ones=marked)
         params.x_q, params.x_scale = pointer(ready.x_q), pointer(ready.x_scale)
         params.inputs_from_previous_kernel = ready.made_by_this_call
         params.sorted_choices, params.tiles = pointer(ready.routing.sorted_choices), pointer(ready.routing.tiles)
         params.topk_weights = pointer(inputs.topk_weights)
-        for name, tensor in exchange.parts.items():
-            setattr(params, name, pointer(tensor))
+        for name, address in addresses.items():
+            setattr(params, name, address)
         target = out
         if self.deterministic:
             target = torch.empty(inputs.topk_ids.numel(), shape.hidden_size, dtype=out.dtype, device=out.device)
@@ -227,25 +230,20 @@ class SM90StreamDeterministic(SM90Stream):
     deterministic: ClassVar[bool] = True
 
 
-class Exchange:
-    """What CTAs hand each other in one call, as sm90_stream.cu says: `parts` by name, of which `marked` holds ones in
-    every bit before."""
-
-    def __init__(self, shape: MoEShape, num_tokens: int, config: Config, device: torch.device) -> None:
-        num_choices, num_chunks = num_tokens * shape.top_k, scale_blocks(shape.intermediate_size)
-        max_parts, flagged = config.integer("max_parts"), config.integer("max_parts") == FLAGGED_PARTS
-        num_jobs = tile_capacity(num_choices, config.integer("max_rows"), shape.num_experts) * num_chunks
-        sums = {"sums": num_choices * num_chunks * max_parts * SUMS_ROW_BYTES}
-        marked = {
-            "ticket_counter": 16,
-            "sums_written": num_jobs * FLAG_BYTES if flagged else 0,
-            "activations": num_choices * num_chunks * GROUP_SIZE,
-            "activation_scales": -(-num_choices * num_chunks * 4 // 16) * 16,
-        }
-        if flagged:
-            self.parts, self.marked = workspace.carve(marked, sums, device)
-        else:
-            self.parts, self.marked = workspace.carve(marked | sums, {}, device)
+@functools.lru_cache(maxsize=4096)
+def exchange(num_choices: int, num_experts: int, num_chunks: int, max_rows: int, max_parts: int) -> workspace.Layout:
+    """What CTAs hand each other in one call, as sm90_stream.cu says, by the names of its parameters. The filled parts
+    hold ones in every bit before."""
+    flagged = max_parts == FLAGGED_PARTS
+    num_jobs = tile_capacity(num_choices, max_rows, num_experts) * num_chunks
+    sums = {"sums": num_choices * num_chunks * max_parts * SUMS_ROW_BYTES}
+    marked = {
+        "ticket_counter": 16,
+        "sums_written": num_jobs * FLAG_BYTES if flagged else 0,
+        "activations": num_choices * num_chunks * GROUP_SIZE,
+        "activation_scales": -(-num_choices * num_chunks * 4 // 16) * 16,
+    }
+    return workspace.layout(marked, sums) if flagged else workspace.layout(marked | sums, {})
 
 
 def max_rows_that_fit(shape: MoEShape) -> list[int]:
@@ -255,8 +253,7 @@ def max_rows_that_fit(shape: MoEShape) -> list[int]:
 
 def default_max_rows(shape: MoEShape, num_tokens: int) -> int:
     """The least height that holds the rows of nearly every routed expert: their mean and 2.7 standard deviations."""
-    hit = max(shape.expected_experts_hit(num_tokens), 1.0)
-    rows = num_tokens * (shape.top_k - shape.num_shared_experts) / hit
+    rows = shape.expected_rows(num_tokens)
     wanted = rows + 2.7 * math.sqrt(max(rows - 1.0, 0.0))
     fitting = max_rows_that_fit(shape)
     return next((height for height in fitting if height >= wanted), fitting[-1])

@@ -86,6 +86,12 @@ def test_a_token_has_a_scale_for_each_128_values_or_one() -> None:
     assert MoEShape(8, 300, 128, 2, activation_scales="token").scales_per_token == 1
 
 
+def test_expected_rows_share_the_routed_choices_among_the_experts_hit() -> None:
+    shape = MoEShape(9, 256, 128, 3, num_shared_experts=1)
+    assert [shape.expected_rows(num_tokens) for num_tokens in (0, 1)] == [0.0, 1.0]
+    assert shape.expected_rows(4000) == pytest.approx(4000 * 2 / 8)
+
+
 def test_expected_experts_hit_are_the_mean_of_uniform_routing_without_the_shared_ones() -> None:
     shape = MoEShape(num_experts=17, hidden_size=8, intermediate_size=8, top_k=5, num_shared_experts=1)
     assert [shape.expected_experts_hit(num_tokens) for num_tokens in (0, 1)] == [0.0, 4.0]

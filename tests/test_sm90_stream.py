@@ -6,17 +6,18 @@ import pytest
 import torch
 
 from kernels_cuda import compile as cuda_compile
-from kernels_cuda import sm90_fill
+from kernels_cuda import sm90_fill, workspace
 from kernels_cuda.sm90 import SMEM_BYTES
 from kernels_cuda.sm90_stream import (
     FLAG_BYTES,
     FLAGGED_PARTS,
     MAX_ROWS,
     MAX_STAGES,
-    Exchange,
     SM90Stream,
+    _Params,
     default_max_parts,
     default_max_rows,
+    exchange,
     max_rows_that_fit,
     most_stages,
     smem_bytes,
@@ -128,18 +129,27 @@ def test_a_machine_without_a_gpu_compiles_only():
 
 @pytest.mark.parametrize("max_parts", [FLAGGED_PARTS, 8])
 def test_the_exchange_has_room_for_every_part_and_is_whole_vectors(max_parts):
-    shape = MoEShape(8, 256, 256, 3)
-    exchange = Exchange(shape, 5, Config(max_rows=8, max_parts=max_parts), torch.device("cpu"))
-    sizes = {name: part.nbytes for name, part in exchange.parts.items()}
+    parts = exchange(num_choices=15, num_experts=8, num_chunks=2, max_rows=8, max_parts=max_parts)
+    sizes = {**parts.filled, **parts.others}
     assert sizes["sums"] == 15 * 2 * max_parts * 1024
     assert sizes["activations"] == 15 * 256
     assert sizes["activation_scales"] >= 15 * 2 * 4
     assert all(size % 16 == 0 for size in sizes.values())
     flagged = max_parts == FLAGGED_PARTS
     assert sizes["sums_written"] == (9 * 2 * FLAG_BYTES if flagged else 0)  # 9 tiles at most: 8 experts and a full one
-    assert exchange.marked.nbytes == sum(sizes.values()) - (sizes["sums"] if flagged else 0)
-    addresses = [part.data_ptr() for part in exchange.parts.values() if part.numel()]
-    assert addresses == sorted(addresses)
+    assert list(parts.others) == (["sums"] if flagged else [])
+    assert set(sizes) <= {name for name, _ in _Params._fields_}
+
+
+def test_parts_of_a_workspace_lie_behind_each_other_the_filled_ones_first():
+    parts = workspace.layout({"a": 32, "none": 0, "b": 16}, {"c": 64})
+    addresses, filled = workspace.allocate(parts, torch.device("cpu"))
+    start = filled.data_ptr()
+    assert addresses == {"a": start, "none": start + 32, "b": start + 32, "c": start + 48}
+    assert (filled.nbytes, filled.untyped_storage().nbytes()) == (48, 112)
+    tensors, carved = workspace.carve(parts.filled, parts.others, torch.device("cpu"))
+    offsets = {name: tensor.data_ptr() - carved.data_ptr() for name, tensor in tensors.items() if tensor.numel()}
+    assert offsets == {"a": 0, "b": 32, "c": 48}
 
 
 def test_too_little_shared_memory_does_not_compile(tmp_path, monkeypatch):

@@ -155,6 +155,11 @@ class MoEShape:
         routed, slots = self.num_experts - self.num_shared_experts, self.top_k - self.num_shared_experts
         return routed * (1 - (1 - (1 - dropped) * slots / routed) ** num_tokens)
 
+    def expected_rows(self, num_tokens: int) -> float:
+        """Tokens of a routed expert that is hit, on average under uniform routing."""
+        routed_slots = self.top_k - self.num_shared_experts
+        return num_tokens * routed_slots / max(self.expected_experts_hit(num_tokens), 1.0)
+
     def _unusual(self) -> list[tuple[str, object, object]]:
         """(name, the plain layer's value, this one's) of the fields in which this is not the plain layer."""
         form = [field for field in dataclasses.fields(self) if ABSENT_MEANS_DEFAULT in field.metadata]

@@ -60,7 +60,7 @@ def entrants(workload: Workload, variants: Mapping[str, Variant], device: torch.
     shape, num_tokens = workload.shape, workload.num_tokens
     serving = [name for name, variant in variants.items() if _serves(variant, shape, device)]
     ours = [name for name in (STREAM, FUSED, PREFILL) if name in serving]
-    rows = _rows_of_an_expert(shape, num_tokens)
+    rows = shape.expected_rows(num_tokens)
     may_win = {STREAM: rows <= MOST_ROWS_OF_STREAM, FUSED: True, PREFILL: rows >= LEAST_ROWS_OF_PREFILL}
     # Where the kernels written for this device do not serve the shape, the first of the others that does.
     others = [name for name in FALLBACK_ORDER if name in serving][:1]
@@ -115,9 +115,3 @@ def fill(session: Session, workloads: Sequence[Workload], variants: Mapping[str,
 
 def _serves(variant: Variant, shape: MoEShape, device: torch.device | None) -> bool:
     return bool(variant.supports_shape(shape) if device is None else variant.supports(shape, device))
-
-
-def _rows_of_an_expert(shape: MoEShape, num_tokens: int) -> float:
-    """Of the routed ones that are hit, under uniform routing."""
-    routed_slots = shape.top_k - shape.num_shared_experts
-    return num_tokens * routed_slots / max(shape.expected_experts_hit(num_tokens), 1.0)

@@ -213,6 +213,11 @@ class Device:
             if (guard != GUARD_BYTE).any():
                 raise EmulationError(f"a kernel wrote over the end of {part}")
 
+    def allocate(self, parts: workspace.Layout, device: torch.device) -> tuple[dict[str, int], torch.Tensor]:
+        """As kernels_cuda.workspace.allocate, with guards."""
+        tensors, filled = self.carve(parts.filled, parts.others, device)
+        return {name: self.pointer(tensor) for name, tensor in tensors.items()}, filled
+
     def carve(
         self, filled: Mapping[str, int], others: Mapping[str, int], device: torch.device
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -320,6 +325,7 @@ def emulated(num_sms: int = 6, seed: int = 0) -> Iterator[Device]:
                     stack.enter_context(patch.object(module, name, replacement))
         stack.enter_context(patch.object(tma, "encode", tensor_map))
         stack.enter_context(patch.object(workspace, "carve", gpu.carve))
+        stack.enter_context(patch.object(workspace, "allocate", gpu.allocate))
         stack.enter_context(patch.object(torch, "empty", _poisoned_empty))
         stack.enter_context(patch.object(torch, "empty_like", _poisoned_empty_like))
         stack.enter_context(patch("torch.cuda.get_device_properties", lambda _: properties))
