@@ -126,6 +126,23 @@ def test_a_miss_takes_the_first_supported_variant_and_logs_the_command_once(capl
     assert "workbench tune --E 8 --N 256 --K 256 --top-k 2 --no-shared-expert --routing zipf:1.7" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "expected"), [(255, "sm90_fused"), (256, "sm90_prefill"), (4096, "sm90_prefill")]
+)
+def test_a_miss_takes_the_kernels_for_many_rows_of_an_expert_and_never_one_that_copies_weights(
+    num_tokens: int, expected: str
+) -> None:
+    everything = named(*map(variant, ("cuda.sm90_stream", "cuda.sm90_prefill")), FUSED, GROUPED, LOOP)
+    choice = chosen([], num_tokens, everything)
+    assert (choice.variant, choice.measured) == (f"cuda.{expected}", False)
+
+
+def test_measured_candidates_are_held_against_the_same_default_at_every_batch_size() -> None:
+    prefill = variant("cuda.sm90_prefill")
+    traces = [*right(FUSED, 0, 4096, 10.0, noise=0.05), *right(prefill, 0, 4096, 9.9, noise=0.05)]
+    assert chosen(traces, 4096, named(FUSED, prefill)).variant == "cuda.sm90_fused"
+
+
 def test_a_miss_passes_over_a_variant_recorded_red_on_the_shape() -> None:
     assert chosen([verified(key(FUSED, num_tokens=64), Status.CRASHED)]).variant == "triton.grouped"
 

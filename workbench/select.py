@@ -26,6 +26,13 @@ from workbench.variant import Config, Variant
 logger = logging.getLogger(__name__)
 
 FALLBACK_ORDER = ("cuda.sm90_fused", "triton.grouped", "torch.grouped", "torch.loop")
+"""What runs unmeasured, the first that can, and what measured candidates are held against. `cuda.sm90_stream` is not
+among them, though it is the fastest for few rows: it keeps a copy of the weights, for which a caller who has measured
+nothing may not have the memory, and weights written in place would not reach it."""
+FALLBACK_FOR_MANY_ROWS, MANY_ROWS = "cuda.sm90_prefill", 64
+"""Ahead of them, unmeasured, from so many tokens of an expert on. With 32, 32 and 40 of them on dsv3_tp16, dsv3_tp8 and
+qwen3next_tp4 it was 1.07, 1.14 and 0.87 times as fast as `cuda.sm90_fused`, with twice as many 1.16, 1.25 and 0.91 times,
+with four times as many 1.37, 1.58 and 1.09 (experiments/2026-11-23_prefill, 2026-11-23_first_comparison)."""
 
 
 class Verdict(StrEnum):
@@ -109,7 +116,7 @@ def _where(num_tokens: int, candidates: Iterable[Candidate]) -> str:
 
 
 def fallback_rank(variant: str) -> tuple[int, str]:
-    """Sorts variants as a default is looked for among them; those of third parties come last, by name."""
+    """Sorts variants as a default is looked for among measured ones; those not in the order come last, by name."""
     known = FALLBACK_ORDER.index(variant) if variant in FALLBACK_ORDER else len(FALLBACK_ORDER)
     return known, variant
 
@@ -215,7 +222,8 @@ def _untuned(variants: Mapping[str, Variant], cell: Cell, num_tokens: int, varia
 def _default(
     table: Table, cell: Cell, num_tokens: int, variants: Mapping[str, Variant], device: torch.device, reason: str
 ) -> Choice:
-    """The first variant of the fallback order that supports the shape and is not recorded red on it."""
+    """The first variant of the fallback order, or for many rows of an expert the one before it, that supports the shape
+    and is not recorded red on it."""
     red = {
         found.variant: found.status
         for known, by_tokens in table.cells.items()
@@ -224,8 +232,9 @@ def _default(
         for found in candidates
         if found.status not in (Status.PASSED, UNVERIFIED, UNTIMED)
     }
+    ahead = FALLBACK_FOR_MANY_ROWS if cell.shape.expected_rows(num_tokens) >= MANY_ROWS else ""
     refused = []
-    for name in sorted(variants, key=fallback_rank):
+    for name in sorted(variants, key=lambda name: (name != ahead, fallback_rank(name))):
         support = variants[name].supports(cell.shape, device)
         if support and name not in red:
             config = next(iter(variants[name].configs(cell.shape, num_tokens)))
