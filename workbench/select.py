@@ -31,8 +31,8 @@ among them, though it is the fastest for few rows: it keeps a copy of the weight
 nothing may not have the memory, and weights written in place would not reach it."""
 FALLBACK_FOR_MANY_ROWS, MANY_ROWS = "cuda.sm90_prefill", 64
 """Ahead of them, unmeasured, from so many tokens of an expert on. With 32, 32 and 40 of them on dsv3_tp16, dsv3_tp8 and
-qwen3next_tp4 it was 1.07, 1.14 and 0.87 times as fast as `cuda.sm90_fused`, with twice as many 1.16, 1.25 and 0.91 times,
-with four times as many 1.37, 1.58 and 1.09 (experiments/2026-11-23_prefill, 2026-11-23_first_comparison)."""
+qwen3next_tp4 it was 1.07, 1.14 and 0.87 times as fast as `cuda.sm90_fused`, with twice as many 1.16, 1.25 and 0.91
+times, with four times as many 1.37, 1.58 and 1.09 (experiments/2026-11-23_prefill, 2026-11-23_first_comparison)."""
 
 
 class Verdict(StrEnum):
