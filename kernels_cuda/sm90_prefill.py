@@ -7,6 +7,7 @@ Weights stay in the layout they are served in: `prepare` only describes them to 
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,8 @@ MOST_SLAB_CHUNKS = 2
 """Up to so many chunks of 128 channels the weights of a slab of columns stay in shared memory."""
 MOST_ROWS_OF_LOW_TILES = 100
 """Of an expert, on average: with more, tiles of 192 rows beat tiles of 128 (measured at 64, 80, 128, 160, 256)."""
+SLAB_COLUMNS = (256, 512, 384, 128)
+"""Of a slab, the best first: 256 beat 512 by up to 6 %, or tie (experiments/2026-11-27_prefill_tiles)."""
 JOB_ROWS = 448
 MAX_HIDDEN_SIZE = 32_640
 """Keeps x_q of 131072 tokens under 2^32 bytes."""
@@ -110,7 +113,7 @@ def up_smem_bytes(block_m: int, num_k: int, num_stages: int) -> int:
 
 def down_smem_bytes(num_chunks: int) -> int:
     """Size of the down kernel's SharedStorage, from above."""
-    num_blocks = 8 if num_chunks == 1 else 6
+    num_blocks = 9 if num_chunks == 1 else 6
     return 8 * 128 * 128 + num_blocks * (num_chunks * 64 * 128 + 64) + 1024
 
 
@@ -132,6 +135,18 @@ def job_capacity(num_choices: int, num_experts: int) -> int:
 def is_wide(shape: MoEShape) -> bool:
     """Whether the down phase is a grouped product like the up phase."""
     return shape.intermediate_size // GROUP_SIZE > MOST_SLAB_CHUNKS
+
+
+def downs(shape: MoEShape) -> list[dict[str, int]]:
+    """What the down phase can be, the default first. Of two chunks three warpgroups would spill."""
+    if is_wide(shape):
+        return [{}]
+    num_warpgroups, block_n = (3, 64) if shape.intermediate_size == GROUP_SIZE else (2, 128)
+    return [
+        {"num_warpgroups": num_warpgroups, "block_n": block_n, "slab_columns": columns}
+        for columns in SLAB_COLUMNS
+        if shape.hidden_size % columns == 0
+    ]
 
 
 def _grouped_defines(shape: MoEShape, config: Config, deterministic: bool) -> dict[str, int]:
@@ -165,6 +180,7 @@ def _compile_down(shape: MoEShape, config: Config, deterministic: bool) -> tuple
         "NUM_CHUNKS": num_chunks,
         "NUM_WARPGROUPS": config.integer("num_warpgroups"),
         "BLOCK_N": config.integer("block_n"),
+        "SLAB_COLUMNS": config.integer("slab_columns"),
         "DETERMINISTIC": int(deterministic),
         "SMEM_BYTES": num_bytes,
         "PARAMS_BYTES": ctypes.sizeof(_DownParams),
@@ -198,23 +214,19 @@ class Prepared:
         return pair
 
 
-class Workspace:
-    """What the kernels of one call hand each other: `parts` by name, of which `zeroed` are zero before the first."""
-
-    def __init__(
-        self, shape: MoEShape, num_tokens: int, max_rows: int, num_clusters: int, device: torch.device
-    ) -> None:
-        num_choices, num_chunks = num_tokens * shape.top_k, shape.intermediate_size // GROUP_SIZE
-        self.num_h_rows = num_h_rows(num_choices, shape.num_experts)
-        zeroed = {"ticket_counter": 16, "up_written": FLAG_BYTES, "down_written": FLAG_BYTES}
-        others = {
-            "part_sums": num_clusters * max_rows * 1024,
-            "jobs": 16 * (1 + job_capacity(num_choices, shape.num_experts)),
-            "h": self.num_h_rows * shape.intermediate_size,
-            "h_scale": -(-self.num_h_rows * num_chunks * 4 // 16) * 16,
-            "destination": -(-self.num_h_rows * 4 // 16) * 16,
-        }
-        self.parts, self.zeroed = workspace.carve(zeroed, others, device)
+@functools.lru_cache(maxsize=1024)
+def handed_over(num_choices: int, shape: MoEShape, max_rows: int, num_clusters: int) -> workspace.Layout:
+    """What the kernels of one call hand each other, of which the filled parts are zero before the first."""
+    num_chunks, h_rows = shape.intermediate_size // GROUP_SIZE, num_h_rows(num_choices, shape.num_experts)
+    zeroed = {"ticket_counter": 16, "up_written": FLAG_BYTES, "down_written": FLAG_BYTES}
+    others = {
+        "part_sums": num_clusters * max_rows * 1024,
+        "jobs": 16 * (1 + job_capacity(num_choices, shape.num_experts)),
+        "h": h_rows * shape.intermediate_size,
+        "h_scale": -(-h_rows * num_chunks * 4 // 16) * 16,
+        "destination": -(-h_rows * 4 // 16) * 16,
+    }
+    return workspace.layout(zeroed, others)
 
 
 @register
@@ -242,16 +254,10 @@ class SM90Prefill(Variant):
         return Support.yes()
 
     def configs(self, shape: MoEShape, num_tokens: int) -> Iterable[Config]:
-        """The default, then its neighbours. Of two chunks three warpgroups would spill."""
-        downs: list[dict[str, int]] = [{}]
-        if not is_wide(shape):
-            downs = [{"num_warpgroups": 2, "block_n": 128}]
-            if shape.intermediate_size == GROUP_SIZE:
-                downs.insert(0, {"num_warpgroups": 3, "block_n": 64})
-        hit = max(shape.expected_experts_hit(num_tokens), 1.0)
-        rows = num_tokens * (shape.top_k - shape.num_shared_experts) / hit
-        heights = (128, 192) if rows <= MOST_ROWS_OF_LOW_TILES else (192, 128)
-        for down in downs:
+        """The default by the expected rows of an expert, then the other height of tiles, then the other down phases."""
+        low = shape.expected_rows(num_tokens) <= MOST_ROWS_OF_LOW_TILES
+        heights = (128, 192) if low else (192, 128)
+        for down in downs(shape):
             for max_rows in heights:
                 yield Config(max_rows=max_rows, **down)
 
@@ -295,31 +301,31 @@ class SM90Prefill(Variant):
         shape, max_rows = prepared.weights.shape, config.integer("max_rows")
         up_kernel, down_kernel = prepared.pair(config)
         num_clusters = min(up_kernel.max_clusters, MAX_CLUSTERS)
-        space = Workspace(shape, inputs.num_tokens, max_rows, num_clusters, out.device)
+        num_choices = inputs.topk_ids.numel()
+        parts, zeroed = workspace.allocate(handed_over(num_choices, shape, max_rows, num_clusters), out.device)
         up = _UpParams.from_buffer_copy(prepared.up_params)
-        ready = tiled_inputs.make_ready(inputs, shape, max_rows, zeros=space.zeroed)
+        ready = tiled_inputs.make_ready(inputs, shape, max_rows, zeros=zeroed)
         target = out
         if self.deterministic:
-            target = torch.empty(inputs.topk_ids.numel(), shape.hidden_size, dtype=out.dtype, device=out.device)
+            target = torch.empty(num_choices, shape.hidden_size, dtype=out.dtype, device=out.device)
         else:
             up.out, up.num_out_bytes = pointer(out), out.nbytes
         up.x_q, up.x_scale = pointer(ready.x_q), pointer(ready.x_scale)
         up.sorted_choices, up.tiles = pointer(ready.routing.sorted_choices), pointer(ready.routing.tiles)
         up.topk_weights, up.routed_scaling_factor = pointer(inputs.topk_weights), inputs.routed_scaling_factor
-        up.part_written = pointer(space.parts["up_written"])
+        up.part_written = parts["up_written"]
         down = type(prepared.down_params).from_buffer_copy(prepared.down_params)
         down.out = pointer(target)
         for params in (up, down):
-            params.num_h_rows = space.num_h_rows
-            for name in ("h", "h_scale", "destination"):
-                setattr(params, name, pointer(space.parts[name]))
-        up.jobs, up.part_sums = pointer(space.parts["jobs"]), pointer(space.parts["part_sums"])
+            params.num_h_rows = num_h_rows(num_choices, shape.num_experts)
+            params.h, params.h_scale, params.destination = parts["h"], parts["h_scale"], parts["destination"]
+        up.jobs, up.part_sums = parts["jobs"], parts["part_sums"]
         if isinstance(down, _DownWideParams):
             down.tiles, down.part_sums = up.tiles, up.part_sums
-            down.part_written = pointer(space.parts["down_written"])
+            down.part_written = parts["down_written"]
             num_down_ctas = min(down_kernel.max_clusters, num_clusters) * CLUSTER_SIZE
         else:
-            down.jobs, down.ticket_counter = up.jobs, pointer(space.parts["ticket_counter"])
+            down.jobs, down.ticket_counter = up.jobs, parts["ticket_counter"]
             num_down_ctas = down_kernel.max_clusters
         up_kernel.launch(up, num_clusters * CLUSTER_SIZE, overlap_previous=True)
         down_kernel.launch(down, num_down_ctas, overlap_previous=True)

@@ -1,20 +1,21 @@
 // The down phase of large batches: out += W2 . h, where h is what sm90_prefill_up.cu made and its scales hold the rows'
 // weights.
 //
-// Additions to `out` take most of the time, and they are fastest in L2. So the work goes by slabs of up to 512 columns: all rows
-// of all experts add to one slab before the next. A job is a slab and up to 448 rows of one expert: the slab's weights stay
-// in shared memory while blocks of 64 rows pass through. Warpgroups take blocks in turn; CTAs take jobs by tickets, larger
-// ones first.
+// Additions to `out` take most of the time, and they are fastest in L2. So the work goes by slabs of up to 512 columns: all
+// rows of all experts add to one slab before the next. A job is a slab and up to 448 rows of one expert: the slab's weights
+// stay in shared memory while blocks of 64 rows pass through. Warpgroups take blocks in turn; CTAs take jobs by tickets,
+// larger ones first. Slabs of 256 columns do best: half of the weights of 512, so that those of more jobs are on their way.
 //
 // Weight rows are so ordered in shared memory that a thread's sums are 8 adjacent columns, and two lanes swap halves of two
 // rows so that 8 lanes add to 128 adjacent bytes.
 //
-// On an H200, dsv3_tp8: 281 us at M=4096, 460 at M=8192, where it adds 1.06 GB, held by the traffic between the halves of L2:
-// experiments/2026-11-23_prefill.
+// On an H200, dsv3_tp8: 270 us at M=4096, 453 at M=8192, where it adds 1.06 GB, held by the traffic between the halves of L2:
+// experiments/2026-11-23_prefill, and 2026-11-27_prefill_tiles for the slabs.
 //
 // Set by the compiler's command line: HIDDEN_SIZE, NUM_CHUNKS (intermediate size / 128: 1 or 2), NUM_WARPGROUPS that
-// multiply (2, 3), BLOCK_N (64, 128) columns of a product, DETERMINISTIC (a row for each choice is stored instead of added
-// to `out`), and what the launcher passes: SMEM_BYTES of shared memory and PARAMS_BYTES of parameters.
+// multiply (2, 3), BLOCK_N (64, 128) columns of a product, SLAB_COLUMNS (128..512), DETERMINISTIC (a row for each choice is
+// stored instead of added to `out`), and what the launcher passes: SMEM_BYTES of shared memory and PARAMS_BYTES of
+// parameters.
 #include "cluster.cuh"
 #include "copy.cuh"
 #include "mbarrier.cuh"
@@ -31,14 +32,14 @@ constexpr bool kDeterministic = DETERMINISTIC;
 constexpr uint32_t kTileK = 128;                      // bytes of K in a tile: one swizzle row
 constexpr uint32_t kQuarter = 128;                    // columns that one slot of weights gives
 constexpr uint32_t kNumQuarters = kHiddenSize / kQuarter;
-constexpr uint32_t kQuarters = kNumQuarters % 4 == 0 ? 4 : kNumQuarters % 3 == 0 ? 3 : kNumQuarters % 2 == 0 ? 2 : 1;
-constexpr uint32_t kNumSlabs = kNumQuarters / kQuarters;  // of kQuarters each
+constexpr uint32_t kQuarters = SLAB_COLUMNS / kQuarter;   // of a slab
+constexpr uint32_t kNumSlabs = kNumQuarters / kQuarters;
 constexpr uint32_t kStepsPerQuarter = kQuarter / kBlockN;
 constexpr uint32_t kBlockRows = 64;                   // the M of a wgmma
 constexpr uint32_t kQuarterBytes = kQuarter * kTileK; // of one chunk
 constexpr uint32_t kBlockBytes = kBlockRows * kTileK; // of one chunk
 constexpr uint32_t kNumSlots = 8 / kNumChunks;
-constexpr uint32_t kNumBlocks = kNumChunks == 1 ? 8 : 6;
+constexpr uint32_t kNumBlocks = (kNumChunks == 1 ? 9 : 6) / kNumWarpgroups * kNumWarpgroups;  // a place has one taker
 constexpr uint32_t kNumMathThreads = kNumWarpgroups * 128;
 constexpr uint32_t kNumThreads = kNumMathThreads + 128;
 
@@ -47,6 +48,8 @@ constexpr uint32_t kProducerRegisters = kNumWarpgroups == 2 ? 56 : 32;
 constexpr uint32_t kMathRegisters = kNumWarpgroups == 2 ? 224 : 160;
 
 static_assert(kNumChunks == 1 || kNumChunks == 2, "the weights of a slab stay in shared memory");
+static_assert(kQuarters <= 4 && kNumQuarters % kQuarters == 0, "slabs are of up to 4 quarters, and all alike");
+static_assert(kNumBlocks % kNumWarpgroups == 0, "who skips a phase of a barrier may take a later one for it");
 static_assert(kNumBlocks >= 2 * kNumWarpgroups, "the first blocks of a job are loaded before the rest of its weights");
 
 struct Params {

@@ -73,7 +73,7 @@ def empty_alignment(num_choices: int, num_experts: int, block_m: int, device: to
     """Room for the worst alignment of `num_choices` choices, as reference.routing.align_block_size sizes it."""
     capacity = aligned_capacity(num_choices, block_m, num_experts)
     integers = torch.empty(capacity + capacity // block_m + 1, dtype=torch.int32, device=device)
-    sorted_token_ids, expert_ids, total = integers.split((capacity, capacity // block_m, 1))
+    sorted_token_ids, expert_ids, total = integers.split_with_sizes((capacity, capacity // block_m, 1))
     return AlignedRouting(sorted_token_ids, expert_ids, total, block_m)
 
 
@@ -86,7 +86,7 @@ def empty_tiles(num_choices: int, num_experts: int, max_rows: int, device: torch
         raise InputError(f"max_rows: expected a multiple of 8 in 8..{MAX_TILE_ROWS}, got {max_rows}")
     num_rows = 1 + tile_capacity(num_choices, max_rows, num_experts)
     integers = torch.empty(4 * num_rows + num_choices, dtype=torch.int32, device=device)
-    tiles, sorted_choices = integers.split((4 * num_rows, num_choices))
+    tiles, sorted_choices = integers.split_with_sizes((4 * num_rows, num_choices))
     return TiledRouting(sorted_choices, tiles.view(num_rows, 4), max_rows)
 
 

@@ -41,14 +41,3 @@ def allocate(parts: Layout, device: torch.device) -> tuple[dict[str, int], torch
     start = whole.data_ptr()
     addresses = {name: start + offset for name, offset in parts.offsets}
     return addresses, whole if parts.num_filled_bytes == parts.num_bytes else whole[: parts.num_filled_bytes]
-
-
-def carve(
-    filled: Mapping[str, int], others: Mapping[str, int], device: torch.device
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """As layout() and allocate(), with a tensor for each part."""
-    parts = layout(filled, others)
-    whole = torch.empty(parts.num_bytes, dtype=torch.uint8, device=device)
-    sizes = {**filled, **others}
-    tensors = dict(zip(sizes, whole.split_with_sizes(list(sizes.values())), strict=True))
-    return tensors, whole[: parts.num_filled_bytes]

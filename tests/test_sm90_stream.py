@@ -147,9 +147,6 @@ def test_parts_of_a_workspace_lie_behind_each_other_the_filled_ones_first():
     start = filled.data_ptr()
     assert addresses == {"a": start, "none": start + 32, "b": start + 32, "c": start + 48}
     assert (filled.nbytes, filled.untyped_storage().nbytes()) == (48, 112)
-    tensors, carved = workspace.carve(parts.filled, parts.others, torch.device("cpu"))
-    offsets = {name: tensor.data_ptr() - carved.data_ptr() for name, tensor in tensors.items() if tensor.numel()}
-    assert offsets == {"a": 0, "b": 32, "c": 48}
 
 
 def test_too_little_shared_memory_does_not_compile(tmp_path, monkeypatch):

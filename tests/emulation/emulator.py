@@ -214,21 +214,16 @@ class Device:
                 raise EmulationError(f"a kernel wrote over the end of {part}")
 
     def allocate(self, parts: workspace.Layout, device: torch.device) -> tuple[dict[str, int], torch.Tensor]:
-        """As kernels_cuda.workspace.allocate, with guards."""
-        tensors, filled = self.carve(parts.filled, parts.others, device)
-        return {name: self.pointer(tensor) for name, tensor in tensors.items()}, filled
-
-    def carve(
-        self, filled: Mapping[str, int], others: Mapping[str, int], device: torch.device
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """As kernels_cuda.workspace.carve, with a guard behind the filled parts and behind each other one."""
+        """As kernels_cuda.workspace.allocate, with a guard behind the filled parts and behind each other one."""
+        filled, others = parts.filled, parts.others
         groups = {" or ".join(filled): sum(filled.values()), **others}
         whole = _poisoned_empty(sum(groups.values()) + GUARD_BYTES * len(groups), dtype=torch.uint8, device=device)
         pieces = whole.split([size for group in groups.values() for size in (group, GUARD_BYTES)])
         for name, guard in zip(groups, pieces[1::2], strict=True):
             self.guards.append((name, guard.fill_(GUARD_BYTE)))
-        parts = dict(zip(filled, pieces[0].split(list(filled.values())), strict=True))
-        return parts | dict(zip(others, pieces[2::2], strict=True)), pieces[0]
+        tensors = dict(zip(filled, pieces[0].split(list(filled.values())), strict=True))
+        tensors |= dict(zip(others, pieces[2::2], strict=True))
+        return {name: self.pointer(tensor) for name, tensor in tensors.items()}, pieces[0]
 
     def _run(self, chain: Sequence[Callable[[object], None]], errors: list[EmulationError]) -> None:
         if not chain:
@@ -324,7 +319,6 @@ def emulated(num_sms: int = 6, seed: int = 0) -> Iterator[Device]:
                 if hasattr(module, name):
                     stack.enter_context(patch.object(module, name, replacement))
         stack.enter_context(patch.object(tma, "encode", tensor_map))
-        stack.enter_context(patch.object(workspace, "carve", gpu.carve))
         stack.enter_context(patch.object(workspace, "allocate", gpu.allocate))
         stack.enter_context(patch.object(torch, "empty", _poisoned_empty))
         stack.enter_context(patch.object(torch, "empty_like", _poisoned_empty_like))
