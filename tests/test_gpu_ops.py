@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from workbench import ops, registry
+from workbench import MoELayer, ops, registry
 from workbench.errors import InputError, UnsupportedError
 from workbench.generate import make_inputs, make_weights
 from workbench.numerics import measure, passed, poison
@@ -40,16 +40,16 @@ def weights() -> MoEWeights:
     return make_weights(SHAPE, seed=0, device=DEVICE)
 
 
-def make_layer(weights: MoEWeights, variant: str = "auto") -> ops.MoELayer:
+def make_layer(weights: MoEWeights, variant: str = "auto") -> MoELayer:
     tensors = (weights.w13, weights.w13_scale, weights.w2, weights.w2_scale)
-    return ops.MoELayer(*tensors, top_k=SHAPE.top_k, num_shared_experts=1, variant=variant)
+    return MoELayer(*tensors, top_k=SHAPE.top_k, num_shared_experts=1, variant=variant)
 
 
 def batch(input_kind: InputKind = "bf16", law: str = "uniform", dropped: float = 0.0, seed: int = 0) -> MoEInputs:
     return make_inputs(Workload(SHAPE, M, RoutingLaw.parse(law), seed, input_kind, dropped), DEVICE)
 
 
-def call(layer: ops.MoELayer, inputs: MoEInputs, out: torch.Tensor | None = None) -> torch.Tensor:
+def call(layer: MoELayer, inputs: MoEInputs, out: torch.Tensor | None = None) -> torch.Tensor:
     return layer(inputs.tokens, inputs.topk_weights, inputs.topk_ids, x_scale=inputs.x_scale, out=out)
 
 

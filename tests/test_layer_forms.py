@@ -13,8 +13,9 @@ import torch
 from workbench import ops
 from workbench.errors import InputError
 from workbench.generate import make_inputs, make_weights
+from workbench.layer import MoELayer
 from workbench.numerics import measure
-from workbench.ops import MoELayer, fused_moe
+from workbench.ops import fused_moe
 from workbench.problem import LayerForm, MoEInputs, MoEShape, MoEWeights, Workload
 from workbench.verify import expected_output
 

@@ -18,7 +18,7 @@ import recorded
 import torch
 
 import workbench
-from workbench import ops, registry, select
+from workbench import MoELayer, ops, registry, select
 from workbench import table as tables
 from workbench.errors import InputError, UnknownVariantError, UnsupportedError
 from workbench.generate import make_inputs, make_weights
@@ -47,13 +47,13 @@ def tensors(weights: MoEWeights) -> tuple[torch.Tensor, ...]:
     return weights.w13, weights.w13_scale, weights.w2, weights.w2_scale
 
 
-def make_layer(weights: MoEWeights, **options: Any) -> ops.MoELayer:
+def make_layer(weights: MoEWeights, **options: Any) -> MoELayer:
     shape = weights.shape
     defaults = {"top_k": shape.top_k, "num_shared_experts": shape.num_shared_experts, "variant": "torch.loop"}
-    return ops.MoELayer(*tensors(weights), **{**defaults, **options})
+    return MoELayer(*tensors(weights), **{**defaults, **options})
 
 
-def call(layer: ops.MoELayer, inputs: MoEInputs, **options: Any) -> torch.Tensor:
+def call(layer: MoELayer, inputs: MoEInputs, **options: Any) -> torch.Tensor:
     factor = inputs.routed_scaling_factor
     return layer(
         inputs.tokens,

@@ -10,7 +10,7 @@ import pytest
 import recorded
 import torch
 
-from workbench import ops, registry, select, shipped
+from workbench import MoELayer, registry, select, shipped
 from workbench import table as tables
 from workbench.environment import sources_digest
 from workbench.errors import InputError, RecordError
@@ -167,8 +167,8 @@ def test_a_layer_runs_by_a_shipped_table(folder: Path, monkeypatch: pytest.Monke
     ]
     weights = make_weights(recorded.SHAPE, seed=0, device=torch.device("cpu"))
 
-    def layer() -> ops.MoELayer:
-        return ops.MoELayer(weights.w13, weights.w13_scale, weights.w2, weights.w2_scale, top_k=2)
+    def layer() -> MoELayer:
+        return MoELayer(weights.w13, weights.w13_scale, weights.w2, weights.w2_scale, top_k=2)
 
     assert layer().choice(5)[0] == "torch.grouped"
     shipped._cells.cache_clear()

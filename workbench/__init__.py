@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from workbench.ops import MoELayer, fused_moe
+    from workbench.layer import MoELayer
+    from workbench.ops import fused_moe
 
 __all__ = ["MoELayer", "fused_moe"]
 
@@ -13,7 +14,7 @@ __all__ = ["MoELayer", "fused_moe"]
 def __getattr__(name: str) -> Any:
     """The public calls, imported on first use: they need torch, which takes seconds to import."""
     if name in __all__:
-        from workbench import ops
+        from workbench import layer, ops
 
-        return getattr(ops, name)
+        return {"MoELayer": layer.MoELayer, "fused_moe": ops.fused_moe}[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

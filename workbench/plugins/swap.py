@@ -23,7 +23,7 @@ import torch
 from workbench import registry, select
 from workbench.environment import plugin_mode
 from workbench.errors import InputError, UnsupportedError
-from workbench.ops import ROUTING, MoELayer
+from workbench.layer import ROUTING, MoELayer
 from workbench.table import Cell
 
 logger = logging.getLogger(__name__)
