@@ -65,16 +65,16 @@ def compare(
     to_interpret = [
         task_of("verify", session, workload, defaults(interpreted, workload)) for workload in by_shape + other_input
     ]
+    to_compile = _compile_tasks(session, workloads, able(Ability.COMPILE_ONLY))
     precompile(
         Request(name, task.workload.shape, config)
-        for task in to_verify
+        for task in (*to_verify, *to_compile)
         for name, config in unrecorded(session, task)
         if registry.find(name).backend != "torch"
     )
     traces = measure(session, "verify", to_verify)
     traces += measure(session, "verify in the interpreter", to_interpret)
     traces += tune(session, by_shape, native, limit=configs, keep=1)
-    to_compile = _compile_tasks(session, workloads, able(Ability.COMPILE_ONLY))
     traces += measure(session, "compile for sm_90a", to_compile)
     made = tuple(dict.fromkeys(traces))
     return Comparison(made, table.build(made, session.environment, registry.variants()), how)

@@ -41,7 +41,7 @@ class Request:
 def precompile(requests: Iterable[Request]) -> None:
     """Returns when every request was compiled or has failed. An exception, as from Ctrl-C, ends the processes."""
     wanted = list(dict.fromkeys(requests))
-    num_processes = min(len(wanted), max(1, int((os.cpu_count() or 1) / CORES_PER_PROCESS)))
+    num_processes = min(len(wanted), max(1, round((os.cpu_count() or 1) / CORES_PER_PROCESS)))
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for first in range(num_processes):
