@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +144,18 @@ def test_impossible_workloads_are_refused(values: dict[str, object], message: st
 def test_a_workload_reads_as_one_line() -> None:
     workload = Workload(SHAPE, 7, RoutingLaw.parse("zipf:1.2"), input_kind="fp8", dropped=0.25)
     assert str(workload) == "E9_N256_K256_top3_shared1 M=7 zipf:1.2 fp8 dropped=0.25"
+
+
+def test_a_batch_is_made_of_its_fields() -> None:
+    fields = dataclasses.fields(MoEInputs)
+    parameters = inspect.signature(MoEInputs).parameters
+    assert list(parameters) == [field.name for field in fields]
+    given = [object() for _ in fields]
+    assert vars(MoEInputs(*given)) == dict(zip(parameters, given, strict=True))  # type: ignore[arg-type]
+    for field in fields[2:]:
+        assert parameters[field.name].default == field.default
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        MoEInputs(*given).x = None  # type: ignore[arg-type,misc]
 
 
 def test_quantising_a_batch_replaces_its_tokens_once() -> None:

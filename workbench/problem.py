@@ -270,7 +270,7 @@ class MoEWeights:
         return (self.w13, self.w13_scale, self.w2, self.w2_scale, *(bias for bias in biases if bias is not None))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class MoEInputs:
     """One batch: tokens (bf16 `x`, or `x_q` with `x_scale`), routing, and the routing aligned ahead if it was."""
 
@@ -283,6 +283,28 @@ class MoEInputs:
     aligned: AlignedRouting | TiledRouting | None = None
     activation_scales: ActivationScales = "group"
     """How the shape wants `x` quantised."""
+
+    def __init__(
+        self,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        x: torch.Tensor | None = None,
+        x_q: torch.Tensor | None = None,
+        x_scale: torch.Tensor | None = None,
+        routed_scaling_factor: float = 1.0,
+        aligned: AlignedRouting | TiledRouting | None = None,
+        activation_scales: ActivationScales = "group",
+    ) -> None:
+        # Every call of a layer makes one, and what `dataclass` writes for a frozen class takes three times as long.
+        fields = self.__dict__
+        fields["topk_ids"] = topk_ids
+        fields["topk_weights"] = topk_weights
+        fields["x"] = x
+        fields["x_q"] = x_q
+        fields["x_scale"] = x_scale
+        fields["routed_scaling_factor"] = routed_scaling_factor
+        fields["aligned"] = aligned
+        fields["activation_scales"] = activation_scales
 
     @property
     def quantised(self) -> bool:
