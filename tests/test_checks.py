@@ -209,6 +209,56 @@ def test_batches_that_do_not_fit(inputs: MoEInputs, changed: dict[str, Any], mes
     assert str(refused.value) == message
 
 
+def test_alike_are_tensors_of_other_values_and_memory() -> None:
+    weights, ids = torch.rand(4, 2), torch.zeros(4, 2, dtype=torch.int32)
+    alike = checks.alike(weights, ids)
+    assert alike(weights, ids)
+    assert alike(torch.rand(4, 2), torch.ones_like(ids))
+    with torch.no_grad():
+        assert alike(weights, ids)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        torch.rand(4, 2).half(),
+        torch.rand(4, 2).view(torch.int32),
+        torch.rand(4, 3),
+        torch.rand(2, 4),
+        torch.rand(8),
+        torch.rand(2, 4).T,
+        torch.rand(4, 3)[:, :2],
+        torch.rand(4, 2, device=META),
+        torch.rand(4, 2, requires_grad=True),
+        torch.nn.Parameter(torch.rand(4, 2), requires_grad=False),
+        torch.rand(4, 2).to_sparse(),
+        [[0.0, 0.0]] * 4,
+        None,
+    ],
+    ids=lambda other: checks.described(other),
+)
+def test_not_alike_are_tensors_that_differ_in_what_is_checked(other: Any) -> None:
+    alike = checks.alike(torch.rand(4, 2), torch.rand(4, 2))
+    assert not alike(torch.rand(4, 2), other)
+    assert not alike(other, torch.rand(4, 2))
+
+
+def test_not_alike_are_tensors_under_autocast_or_inference_mode_or_one_tensor_twice() -> None:
+    one, other = torch.rand(4, 2), torch.rand(4, 2)
+    alike = checks.alike(one, other)
+    assert not alike(one, one)
+    with torch.autocast("cpu"):
+        assert not alike(one, other)
+    with torch.inference_mode():
+        assert not alike(one, other)
+
+
+def test_nothing_is_alike_where_torch_cannot_compare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(checks.guards, "TensorGuards")
+    one = torch.rand(4, 2)
+    assert not checks.alike(one)(one)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_scales_are_finite(value: float) -> None:
     scale = WEIGHTS.w2_scale.clone()

@@ -18,7 +18,8 @@ import recorded
 import torch
 
 import workbench
-from workbench import MoELayer, ops, registry, select
+from workbench import MoELayer, checks, ops, registry, select
+from workbench import layer as layers
 from workbench import table as tables
 from workbench.errors import InputError, UnknownVariantError, UnsupportedError
 from workbench.generate import make_inputs, make_weights
@@ -79,6 +80,9 @@ def directly(name: str, weights: MoEWeights, inputs: MoEInputs, config: Config |
 
 def batch(shape: MoEShape, num_tokens: int = 5, input_kind: InputKind = "bf16", dropped: float = 0.0) -> MoEInputs:
     return make_inputs(Workload(shape, num_tokens, input_kind=input_kind, dropped=dropped), CPU)
+
+
+BF16, FP8 = batch(SHAPE), batch(SHAPE, input_kind="fp8")
 
 
 @pytest.fixture
@@ -178,9 +182,102 @@ def test_values_are_read_on_every_call_if_the_environment_says_so(
 ) -> None:
     monkeypatch.setenv("MOE_WORKBENCH_CHECK_VALUES", "1")
     layer, inputs = make_layer(weights), batch(SHAPE)
-    call(layer, inputs)
-    with pytest.raises(InputError, match=r"^topk_ids: expected ids in -1..7, got -2 at \[0, 0\]$"):
-        call(layer, dataclasses.replace(inputs, topk_ids=torch.full_like(inputs.topk_ids, -2)))
+    for _ in range(2):
+        call(layer, inputs)
+        with pytest.raises(InputError, match=r"^topk_ids: expected ids in -1..7, got -2 at \[0, 0\]$"):
+            call(layer, dataclasses.replace(inputs, topk_ids=torch.full_like(inputs.topk_ids, -2)))
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["layer", "fused_moe"])
+@pytest.mark.parametrize(
+    ("good", "changed", "message"),
+    [
+        (BF16, {"x": BF16.tokens.half()}, "x: expected bfloat16 [5, 256], got float16 [5, 256]"),
+        (BF16, {"x": BF16.tokens[:, :128]}, "x: expected bfloat16 [5, 256], got bfloat16 [5, 128]"),
+        (BF16, {"x": BF16.tokens[0]}, "x: expected [M, 256], got bfloat16 [256]"),
+        (BF16, {"x": None}, "x: expected [M, 256], got None"),
+        (BF16, {"x": BF16.tokens.T.contiguous().T}, "x: expected a contiguous tensor [5, 256], got strides [1, 5]"),
+        (BF16, {"x": BF16.tokens.to("meta")}, "x: expected a tensor on cpu, where w13 is, got one on meta"),
+        (BF16, {"x": FP8.tokens}, "x_scale: expected float32 [5, 2] with quantised x, got None"),
+        (BF16, {"x": BF16.tokens[:4]}, "topk_weights: expected float32 [4, 2], got float32 [5, 2]"),
+        (BF16, {"x_scale": FP8.x_scale}, "x: expected float8_e4m3fn [5, 256], got bfloat16 [5, 256]"),
+        (FP8, {"x_scale": None}, "x_scale: expected float32 [5, 2] with quantised x, got None"),
+        (FP8, {"x_scale": [1.0]}, "x_scale: expected float32 [5, 2], got list"),
+        (
+            FP8,
+            {"x_scale": torch.rand(2, 5).T},
+            "x_scale: expected a contiguous tensor [5, 2], got strides [1, 5]",
+        ),
+        (BF16, {"topk_weights": None}, "topk_weights: expected float32 [5, 2], got None"),
+        (
+            BF16,
+            {"topk_weights": BF16.topk_weights.double()},
+            "topk_weights: expected float32 [5, 2], got float64 [5, 2]",
+        ),
+        (BF16, {"topk_weights": BF16.topk_weights[:4]}, "topk_weights: expected float32 [5, 2], got float32 [4, 2]"),
+        (BF16, {"topk_ids": BF16.topk_ids.long()}, "topk_ids: expected int32 [5, 2], got int64 [5, 2]"),
+        (
+            BF16,
+            {"topk_ids": BF16.topk_ids.T.contiguous().T},
+            "topk_ids: expected a contiguous tensor [5, 2], got strides [1, 5]",
+        ),
+        (BF16, {"out": [0.0]}, "out: expected bfloat16 [5, 256], got list"),
+        (BF16, {"out": torch.empty(5, 256)}, "out: expected bfloat16 [5, 256], got float32 [5, 256]"),
+        (BF16, {"out": BF16.tokens[:4].clone()}, "out: expected bfloat16 [5, 256], got bfloat16 [4, 256]"),
+        (BF16, {"out": BF16.tokens}, "out: expected memory of its own, got that of x"),
+        (BF16, {"out": BF16.tokens.view(5, 256)}, "out: expected memory of its own, got that of x"),
+        (BF16, {"routed_scaling_factor": math.inf}, "routed_scaling_factor: expected a finite number, got inf"),
+        (BF16, {"routed_scaling_factor": "1"}, "routed_scaling_factor: expected a finite number, got '1'"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
+)
+def test_a_wrong_call_after_right_ones_is_refused_as_a_first_one(
+    weights: MoEWeights, good: MoEInputs, changed: dict[str, Any], message: str, whole: bool
+) -> None:
+    out = torch.empty(5, 256, dtype=torch.bfloat16)
+    right = {"x": good.tokens, "topk_weights": good.topk_weights, "topk_ids": good.topk_ids, "x_scale": good.x_scale}
+    given = dict(zip(("w13", "w13_scale", "w2", "w2_scale"), tensors(weights), strict=True))
+    layer = make_layer(weights)
+
+    def called(arguments: dict[str, Any]) -> torch.Tensor:
+        return ops.fused_moe(**given, **arguments, variant="torch.loop") if whole else layer(**arguments)
+
+    for _ in range(2):
+        for arguments in (right, right | {"out": out}):
+            assert torch.equal(called(arguments), directly("torch.loop", weights, good))
+            with pytest.raises(InputError) as refused:
+                called(arguments | changed)
+            assert str(refused.value) == message
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_an_error_also_after_a_right_call(weights: MoEWeights) -> None:
+    layer, right = make_layer(weights), {"out": torch.empty(5, 256, dtype=torch.bfloat16)}
+    right |= {"x": FP8.tokens, "x_scale": FP8.x_scale, "topk_weights": FP8.topk_weights, "topk_ids": FP8.topk_ids}
+    layer(**right)
+    nested = torch.nested.nested_tensor([torch.rand(5, 2)])
+    for name in right:
+        with pytest.raises(RuntimeError, match="NestedTensorImpl"):
+            layer(**right | {name: nested})
+
+
+def test_a_call_like_one_that_passed_is_not_checked_again(weights: MoEWeights, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked, check = [], checks.batch
+    monkeypatch.setattr(checks, "batch", lambda *given: checked.append(given[2].shape[0]) or check(*given))
+    monkeypatch.setattr(layers, "MAX_PASSED", 2)
+    layer = make_layer(weights)
+    few, more, most = (batch(SHAPE, num_tokens) for num_tokens in (3, 5, 7))
+    for inputs in (few, few, more, few, more, most, most, few, most):
+        call(layer, inputs, routed_scaling_factor=1)
+    assert checked == [3, 5, 7, 3]
+
+
+def test_a_layer_that_is_made_again_remembers_nothing(weights: MoEWeights) -> None:
+    wrong = dataclasses.replace(BF16, topk_ids=torch.full_like(BF16.topk_ids, 8))
+    call_on_tensors(weights, BF16, variant="torch.loop")
+    ops.forget_layers()
+    with pytest.raises(InputError, match=r"^topk_ids: expected ids in -1..7, got 8 at \[0, 0\]$"):
+        call_on_tensors(weights, wrong, variant="torch.loop")
 
 
 def recorded_run() -> Any:
@@ -247,6 +344,20 @@ def test_the_same_objects_with_other_contents_are_another_layer(weights: MoEWeig
     assert torch.equal(second, directly("torch.loop", other, inputs))
     given[0].data = given[0].data.view(4, 512, 256)
     with pytest.raises(InputError, match=r"^w13_scale: expected float32 \[4, 4, 2\], got float32 \[8, 2, 2\]$"):
+        ops.fused_moe(inputs.tokens, *given, inputs.topk_weights, inputs.topk_ids, variant="torch.loop")
+
+
+def test_weights_moved_or_laid_out_anew_in_place_are_another_layer(weights: MoEWeights) -> None:
+    inputs, other = batch(SHAPE), make_weights(SHAPE, seed=1, device=CPU)
+    given = tuple(tensor.clone() for tensor in tensors(weights))
+    for now in (weights, other):
+        for tensor, new in zip(given, tensors(now), strict=True):
+            tensor.set_(new.clone())
+        for _ in range(2):
+            out = ops.fused_moe(inputs.tokens, *given, inputs.topk_weights, inputs.topk_ids, variant="torch.loop")
+            assert torch.equal(out, directly("torch.loop", now, inputs))
+    given[0].transpose_(1, 2)  # square: the same address and shape
+    with pytest.raises(InputError, match=r"^w13: expected a contiguous tensor \[8, 256, 256\], got strides"):
         ops.fused_moe(inputs.tokens, *given, inputs.topk_weights, inputs.topk_ids, variant="torch.loop")
 
 
@@ -430,6 +541,34 @@ def test_autocast_and_gradients_change_nothing(weights: MoEWeights) -> None:
     with torch.inference_mode():
         assert torch.equal(call_on_tensors(weights, inputs, variant="torch.loop"), reference)
     assert torch.equal(call_on_tensors(weights, inputs, variant="torch.loop"), reference)
+
+
+def test_a_variant_runs_without_autocast_and_gradients_whatever_ran_before(weights: MoEWeights) -> None:
+    """Without gradients: they are off, or nothing that is given requires one."""
+    layer, inputs, found = make_layer(weights), batch(SHAPE, input_kind="fp8"), []
+    variant = recorded_run()
+
+    def run(prepared: Any, given: MoEInputs, out: torch.Tensor, config: Config) -> None:
+        needed = (given.tokens, given.topk_weights, given.x_scale)
+        learns = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in needed)
+        found.append((torch.is_autocast_enabled("cpu"), learns))
+
+    variant.run = run
+    call(layer, inputs)
+    layer._plans[5, True] = dataclasses.replace(layer._plans[5, True], variant=variant)
+    assert inputs.x_scale is not None
+    learning = [
+        dataclasses.replace(inputs, topk_weights=inputs.topk_weights.clone().requires_grad_()),
+        dataclasses.replace(inputs, x_scale=inputs.x_scale.clone().requires_grad_()),
+    ]
+    for _ in range(2):
+        for given in (inputs, *learning):
+            call(layer, given)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                call(layer, given)
+            with torch.inference_mode():
+                call(layer, given)
+    assert found == [(False, False)] * 18
 
 
 @pytest.mark.parametrize("input_kind", INPUT_KINDS)

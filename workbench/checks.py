@@ -1,15 +1,18 @@
 """What a caller may pass to the layer, checked once, at the public boundary.
 
-Two kinds. Metadata (dtype, shape, layout, device) is checked on every call and costs a few microseconds. Values lie on
-the device, and reading them makes the host wait, so ops.py decides when that is worth it. Every error is one line that
-names the argument, what was expected and what came.
+Two kinds. Metadata (dtype, shape, layout, device) is checked on every call; that costs a few microseconds, so a caller
+may instead ask whether it is `alike` to what has passed, in one call into torch. Values lie on the device, and reading
+them makes the host wait, so layer.py decides when that is worth it. Every error is one line that names the argument,
+what was expected and what came.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
+from torch._C._dynamo import guards
 
 from reference.quant import ActivationScales
 from workbench.errors import InputError
@@ -142,6 +145,23 @@ def tensor(name: str, given: torch.Tensor, dtype: torch.dtype, shape: tuple[int,
     if given.device != device:
         raise InputError(f"{name}: expected a tensor on {device}, where w13 is, got one on {given.device}")
     raise InputError(f"{name}: expected a contiguous tensor {list(shape)}, got strides {list(given.stride())}")
+
+
+def alike(*tensors: torch.Tensor) -> Callable[..., bool]:
+    """A predicate of as many objects, none a nested tensor: are they, in this order, like these, and no two the same?
+
+    Alike are tensors of one type, dtype, shape, strides, device and requires_grad, and with the same dispatch keys in
+    the calling thread, in which autocast and inference mode show. Memory and values are not compared, nor kept. The
+    comparison is torch.compile's own, which takes as long as two attributes of each tensor in Python do. For a nested
+    tensor it ends the process: torch lets an exception through that Python cannot catch.
+    """
+    try:
+        compared: Callable[..., bool] = guards.TensorGuards(
+            *tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None
+        ).check
+    except (AttributeError, TypeError):  # a later torch without it: nothing is alike, and callers check everything
+        return lambda *others: False
+    return compared
 
 
 def finite_values(name: str, given: torch.Tensor) -> None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Unpack
 
 import torch
+from torch.compiler import is_compiling
 
 from workbench import checks, layer
 from workbench.errors import InputError
@@ -45,7 +47,7 @@ def fused_moe(
     The layer made on the first call with these weights is kept for as long as they live. Pass the same tensors each
     time: one that is made for the call takes its layer with it when it goes, unless it is a view of one that stays.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         made = torch.ops.moe_workbench.fused_moe(
             x,
             w13,
@@ -61,10 +63,11 @@ def fused_moe(
             **form,
         )
         return made if out is None else out.copy_(made)
-    if not isinstance(topk_ids, torch.Tensor) or topk_ids.ndim != 2:
+    choices = topk_ids.shape if isinstance(topk_ids, torch.Tensor) else ()
+    if len(choices) != 2:
         raise InputError(f"topk_ids: expected int32 [M, top_k], got {checks.described(topk_ids)}")
-    kept = _layer_of((w13, w13_scale, w2, w2_scale), topk_ids.shape[1], num_shared_experts, variant, form)
-    return kept(x, topk_weights, topk_ids, x_scale=x_scale, routed_scaling_factor=routed_scaling_factor, out=out)
+    kept = _layer_of((w13, w13_scale, w2, w2_scale), choices[1], num_shared_experts, variant, form)
+    return kept.enqueue(x, topk_weights, topk_ids, x_scale, routed_scaling_factor, out)
 
 
 def forget_layers() -> None:
@@ -155,8 +158,9 @@ class Call:
     """The very objects of an earlier call of `fused_moe`: while they are where they were, their layer is known."""
 
     kept: Kept
+    alike: Callable[..., bool]
+    """Whether the objects still have these layouts, wherever their memory is."""
     pointers: tuple[int, ...]
-    shapes: tuple[torch.Size, ...]
     watches: tuple[weakref.ref[torch.Tensor], ...]
     """Drop this when one of the objects is freed: another may then take its id."""
 
@@ -172,10 +176,17 @@ def _layer_of(
     tensors: tuple[torch.Tensor, ...], top_k: int, num_shared_experts: int, variant: str, form: LayerForm
 ) -> MoELayer:
     """The layer kept for these weights, made if there is none."""
-    with_bias = form.get("w13_bias") is not None or form.get("w2_bias") is not None
-    call = (*map(id, tensors), top_k, num_shared_experts, variant, *form.items()) if not with_bias else ()
+    w13, w13_scale, w2, w2_scale = tensors
+    call: tuple[object, ...] = (id(w13), id(w13_scale), id(w2), id(w2_scale), top_k, num_shared_experts, variant)
+    if form:
+        with_bias = form.get("w13_bias") is not None or form.get("w2_bias") is not None
+        call = () if with_bias else (*call, *form.items())
     known = _calls.get(call)
-    if known is not None and known.pointers == _pointers(tensors) and known.shapes == _shapes(tensors):
+    if (
+        known is not None
+        and known.alike(w13, w13_scale, w2, w2_scale)
+        and known.pointers == (w13.data_ptr(), w13_scale.data_ptr(), w2.data_ptr(), w2_scale.data_ptr())
+    ):
         kept = known.kept
     else:
         kept = _kept_by_layout(tensors, top_k, num_shared_experts, variant, form)
@@ -185,23 +196,13 @@ def _layer_of(
     return kept.layer
 
 
-def _pointers(tensors: tuple[torch.Tensor, ...]) -> tuple[int, ...]:
-    w13, w13_scale, w2, w2_scale = tensors
-    return w13.data_ptr(), w13_scale.data_ptr(), w2.data_ptr(), w2_scale.data_ptr()
-
-
-def _shapes(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Size, ...]:
-    w13, w13_scale, w2, w2_scale = tensors
-    return w13.shape, w13_scale.shape, w2.shape, w2_scale.shape
-
-
 def _remember(call: tuple[object, ...], tensors: tuple[torch.Tensor, ...], kept: Kept) -> None:
     def drop(_: object) -> None:
         _calls.pop(call, None)
         kept.calls.discard(call)
 
     watches = tuple(weakref.ref(given, drop) for given in tensors)
-    _calls[call] = Call(kept, _pointers(tensors), _shapes(tensors), watches)
+    _calls[call] = Call(kept, checks.alike(*tensors), tuple(given.data_ptr() for given in tensors), watches)
     kept.calls.add(call)
 
 
