@@ -210,6 +210,14 @@ __device__ __forceinline__ void gather_tokens(const Params& p, SharedStorage& sh
     cp_async_wait_all();
 }
 
+// registers::uniform() but with the tallest blocks, whose sums leave no room for what the compiler then makes of the loops.
+__device__ __forceinline__ uint32_t uniform_if_room(uint32_t value) {
+    if constexpr (kBlockM > 96)
+        return value;
+    else
+        return registers::uniform(value);
+}
+
 // Two warpgroups: each 64 gate rows and the same 64 up rows of the chunk, then 128 of each group's 256 columns.
 struct Math {
     const Params& p;
@@ -217,7 +225,7 @@ struct Math {
     const Schedule schedule;
     const uint32_t rank;
     const uint32_t thread = threadIdx.x;
-    const uint32_t warpgroup = threadIdx.x / 128;
+    const uint32_t warpgroup = uniform_if_room(threadIdx.x / 128);
     const uint32_t warp = threadIdx.x / 32;
     const uint32_t lane = threadIdx.x % 32;
     Position ring;
@@ -242,7 +250,8 @@ struct Math {
     __device__ __forceinline__ void project_up(float (&gate)[kBlockM / 2], float (&up)[kBlockM / 2]) {
 #pragma unroll
         for (uint32_t i = 0; i < kBlockM / 2; ++i) gate[i] = up[i] = 0.f;
-        for (uint32_t k = schedule.first_k; k < schedule.last_k; ++k) {
+        const uint32_t first_k = uniform_if_room(schedule.first_k), last_k = uniform_if_room(schedule.last_k);
+        for (uint32_t k = first_k; k < last_k; ++k) {
             wait_stage();
             const uint64_t tokens = wgmma::descriptor(shared.tokens[ring.stage]);
             const uint64_t gate_rows = wgmma::descriptor(shared.weights[ring.stage][0] + warpgroup * kWarpgroupBytes);
@@ -368,7 +377,9 @@ struct Math {
     // token are four adjacent columns: row 64 t + 16 w + 8 h + g of the tile is column 32 w + 4 g + 2 t + h.
     __device__ __forceinline__ void project_down() {
         const uint64_t activation = wgmma::descriptor(shared.activation);
-        for (uint32_t group = schedule.first_group; group < schedule.num_groups; group += kClusterSize) {
+        const uint32_t first_group = uniform_if_room(schedule.first_group);
+        const uint32_t num_groups = uniform_if_room(schedule.num_groups);
+        for (uint32_t group = first_group; group < num_groups; group += kClusterSize) {
             wait_stage();
             const uint32_t first_column = group * kGroupColumns + warpgroup * kTileRows;
             if (first_column < p.hidden_size) {
@@ -396,13 +407,16 @@ struct Math {
             } else {
                 release_stage();
             }
+            if constexpr (kBlockM <= 96) __syncwarp();  // where lanes may have parted, see registers::uniform()
         }
     }
 
     __device__ __forceinline__ void run() {
-        for (uint32_t item = schedule.first_item; item < schedule.num_items; item += schedule.item_step) {
+        const uint32_t first_item = uniform_if_room(schedule.first_item);
+        const uint32_t num_items = uniform_if_room(schedule.num_items);
+        for (uint32_t item = first_item; item < num_items; item += schedule.item_step) {
             const uint32_t block = item / schedule.num_chunks;
-            if (p.expert_ids[block] < 0) continue;
+            if (static_cast<int32_t>(uniform_if_room(p.expert_ids[block])) < 0) continue;
             float gate[kBlockM / 2], up[kBlockM / 2];
             project_up(gate, up);
             if constexpr (kClusterSize > 1) sum_over_cluster(gate, up);

@@ -31,14 +31,16 @@ MAX_STAGES = 5
 MAX_CLUSTERS = 128
 MOST_SLAB_CHUNKS = 2
 """Up to so many chunks of 128 channels the weights of a slab of columns stay in shared memory."""
-MOST_ROWS_OF_LOW_TILES = 100
-"""Of an expert, on average: with more, tiles of 192 rows beat tiles of 128 (measured at 64, 80, 128, 160, 256)."""
+HEIGHTS = {128: 100, 192: 150, 256: None}
+"""Heights of tiles, each with the most rows of an expert, on average, up to which it is the default; from 20 to
+290 rows were measured (experiments/2026-11-27_uniform_registers)."""
 SLAB_COLUMNS = (256, 512, 384, 128)
 """Of a slab, the best first: 256 beat 512 by up to 6 %, or tie (experiments/2026-11-27_prefill_tiles)."""
 JOB_ROWS = 448
 MAX_HIDDEN_SIZE = 32_640
 """Keeps x_q of 131072 tokens under 2^32 bytes."""
 FLAG_BYTES = MAX_CLUSTERS * CLUSTER_SIZE * 4
+TAIL_BYTES = (2 * MAX_CLUSTERS + 1) * 4
 
 
 class _UpParams(ctypes.Structure):
@@ -101,14 +103,15 @@ class _DownWideParams(ctypes.Structure):
 def grouped_smem_bytes(block_m: int, num_k: int, num_stages: int, epilogue: int) -> int:
     """Size of a grouped product's SharedStorage with so many bytes for its epilogue, from above."""
     stage = 2 * 128 * 128 + block_m * (128 + 2 * 4) + 16  # weights, rows and scales, two barriers
-    ring = num_stages * stage + 2 * 2048 + 128 + (num_stages + 2) * 24 + 2 * block_m * 4
-    tables = 4 * num_k * 4 + (3 * MAX_CLUSTERS + 2) * 4 + 128
-    return -(-ring // 1024) * 1024 + -(-(tables + epilogue) // 1024) * 1024
+    zeroing = 2048 + 128
+    tables = (num_stages + 2) * 24 + num_stages * 4 + 2 * block_m * 4 + block_m * 16 + 4 * num_k * 4
+    share = (MAX_CLUSTERS + 1) * 4 + 48
+    return -(-(num_stages * stage + zeroing + tables + 32) // 1024) * 1024 + -(-(share + epilogue + 16) // 1024) * 1024
 
 
 def up_smem_bytes(block_m: int, num_k: int, num_stages: int) -> int:
     """Size of the up kernel's SharedStorage, from above."""
-    return grouped_smem_bytes(block_m, num_k, num_stages, max(block_m * (144 + 8 * 4 + 4), 1024 * 4 + 64))
+    return grouped_smem_bytes(block_m, num_k, num_stages, max(block_m * (144 + 4), 1024 * 4 + 64))
 
 
 def down_smem_bytes(num_chunks: int) -> int:
@@ -171,7 +174,7 @@ def _compile_down(shape: MoEShape, config: Config, deterministic: bool) -> tuple
     if is_wide(shape):
         block_m = config.integer("max_rows") // CLUSTER_SIZE
         num_stages = most_stages(block_m, num_chunks)
-        num_bytes = grouped_smem_bytes(block_m, num_chunks, num_stages, epilogue=0)
+        num_bytes = grouped_smem_bytes(block_m, num_chunks, num_stages, TAIL_BYTES)
         sizes = {"NUM_STAGES": num_stages, "SMEM_BYTES": num_bytes, "PARAMS_BYTES": ctypes.sizeof(_DownWideParams)}
         return compile_kernel(DOWN_WIDE, _grouped_defines(shape, config, deterministic) | sizes), num_bytes
     num_bytes = down_smem_bytes(num_chunks)
@@ -254,9 +257,11 @@ class SM90Prefill(Variant):
         return Support.yes()
 
     def configs(self, shape: MoEShape, num_tokens: int) -> Iterable[Config]:
-        """The default by the expected rows of an expert, then the other height of tiles, then the other down phases."""
-        low = shape.expected_rows(num_tokens) <= MOST_ROWS_OF_LOW_TILES
-        heights = (128, 192) if low else (192, 128)
+        """The default by the expected rows of an expert, then the other heights of tiles, the nearest first, then the
+        other down phases."""
+        rows = shape.expected_rows(num_tokens)
+        first = next(height for height, most in HEIGHTS.items() if most is None or rows <= most)
+        heights = sorted(HEIGHTS, key=lambda height: abs(height - first))
         for down in downs(shape):
             for max_rows in heights:
                 yield Config(max_rows=max_rows, **down)

@@ -228,13 +228,14 @@ struct Math {
         odd = is_odd ? own : other;
     }
 
-    __device__ __forceinline__ void project(const Block& block, uint32_t index) {
+    __device__ __forceinline__ void project(const Block& block, uint32_t index, uint32_t num_rows, uint32_t first_slot,
+                                            bool last) {
         float sums[kNumChunks][kBlockN / 2];
-        wait_weights(block.first_slot);
-        multiply(sums, index, block.first_slot, 0);
+        wait_weights(first_slot);
+        multiply(sums, index, first_slot, 0);
 
         // What follows arrives while the first product is under way.
-        const uint32_t num_rows = block.num_rows, last_row = num_rows - 1;
+        const uint32_t last_row = num_rows - 1;
         const uint32_t upper = block.first_row + min(row_in_block, last_row);
         const uint32_t lower = block.first_row + min(row_in_block + 8, last_row);
         uint32_t upper_target = p.destination[upper], lower_target = p.destination[lower];
@@ -248,7 +249,7 @@ struct Math {
         const uint32_t scale = min(lane, kQuarters * kNumChunks - 1);
         const float weight_scales =
             p.w2_scale[static_cast<uint64_t>(block.expert * kNumQuarters + block.first_quarter) * kNumChunks + scale];
-        const bool is_odd = lane & 4, last = __any_sync(~0u, block.last);
+        const bool is_odd = lane & 4;
         const uint32_t even_row = row_in_block & ~1u;
         const uint32_t upper_other = __shfl_xor_sync(~0u, upper_target, 4), lower_other = __shfl_xor_sync(~0u, lower_target, 4);
         uint16_t* const columns = p.out + block.first_quarter * kQuarter + lane % 4 * 8 + (is_odd ? 32 : 0);
@@ -261,7 +262,7 @@ struct Math {
         float upper_factor[kNumChunks], lower_factor[kNumChunks];
 #pragma unroll
         for (uint32_t i = 0; i < kQuarters * kStepsPerQuarter; ++i) {
-            const uint32_t quarter = i / kStepsPerQuarter, step = i % kStepsPerQuarter, slot = block.first_slot + quarter;
+            const uint32_t quarter = i / kStepsPerQuarter, step = i % kStepsPerQuarter, slot = first_slot + quarter;
             if (step == 0) {
 #pragma unroll
                 for (uint32_t chunk = 0; chunk < kNumChunks; ++chunk) {
@@ -316,16 +317,19 @@ struct Math {
     }
 
     __device__ __forceinline__ void run() {
-        for (uint32_t entry = threadIdx.x / 128;; entry += kNumWarpgroups) {
+        for (uint32_t entry = registers::uniform(threadIdx.x / 128);; entry += kNumWarpgroups) {
             const uint32_t index = entry % kNumBlocks;
             mbarrier::wait(shared.block_full[index], entry / kNumBlocks % 2);
+            // Products must not be under way where the compiler sees a warp diverge.
             const Block& block = shared.block[index];
-            // Votes, because products must not be under way where the compiler sees a warp diverge.
-            if (__any_sync(~0u, block.num_rows == Block::kEnd)) return;
-            if (__any_sync(~0u, block.num_rows > 0)) {
-                project(block, index);
-            } else if (block.last) {
-                for (uint32_t slot = block.first_slot; slot < block.first_slot + kQuarters; ++slot) {
+            const uint32_t num_rows = registers::uniform(block.num_rows), first_slot = registers::uniform(block.first_slot);
+            const bool last = registers::uniform(block.last);
+            if (num_rows == Block::kEnd) return;
+            if (num_rows > 0) {
+                project(block, index, num_rows, first_slot, last);
+            } else if (last) {
+#pragma unroll 1
+                for (uint32_t slot = first_slot; slot < first_slot + kQuarters; ++slot) {
                     wait_weights(slot);
                     mbarrier::arrive_warp(shared.weights_empty[slot % kNumSlots]);
                 }

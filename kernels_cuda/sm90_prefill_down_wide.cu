@@ -5,7 +5,7 @@
 // columns of `out`. Items go by slabs of 512 columns: all tiles add to one slab, which stays in L2, before the next.
 // sm90_prefill_down.cu keeps the weights of a slab in shared memory instead, where they fit.
 //
-// Set by the compiler's command line: HIDDEN_SIZE, NUM_CHUNKS (intermediate size / 128), BLOCK_M (64, 96), NUM_STAGES,
+// Set by the compiler's command line: HIDDEN_SIZE, NUM_CHUNKS (intermediate size / 128), BLOCK_M (64, 96, 128), NUM_STAGES,
 // DETERMINISTIC (items are never split, a row for each choice is stored instead of added to `out`), and what the launcher
 // passes: SMEM_BYTES of shared memory and PARAMS_BYTES of parameters.
 #include "numeric.cuh"
@@ -19,10 +19,6 @@ constexpr uint32_t kColumns = 256;           // of an item
 constexpr uint32_t kSlabItems = 2;           // of a tile in a slab
 constexpr uint32_t kNumColumnBlocks = kHiddenSize / kGroupSize;
 constexpr uint32_t kNumGroups = ceil_div(kHiddenSize, kColumns);
-
-// 64 K registers: 128 producer threads and 256 math threads.
-constexpr uint32_t kProducerRegisters = 72;
-constexpr uint32_t kMathRegisters = 216;
 
 struct Params {
     TensorMap w2;  // [E * H, I], boxes of 128 rows; of each 16 the even ones first
@@ -40,9 +36,9 @@ struct Params {
 static_assert(sizeof(Params) == PARAMS_BYTES, "the launcher's struct differs");
 
 struct SharedStorage {
-    LoadStorage load;
-    float weight_scales[2][2][kNumK];
-    ShareStorage share;
+    LoadStorage<kNumK> load;
+    Share share;
+    TailStorage tail;
 };
 static_assert(sizeof(SharedStorage) <= SMEM_BYTES, "the launcher reserves too little shared memory");
 
@@ -144,6 +140,33 @@ struct Addition {
             }
         }
     }
+
+    // Thread (warp w, lane l) has rows 16 w + l / 4 and the one 8 below, and of each 16 columns 4 (l % 4) and three more. Two
+    // lanes swap, and each has 8 columns of one row.
+    __device__ __forceinline__ void finish_tall(const PieceOfTile& piece, const float (&first)[kTallRows / 2],
+                                                const float (&second)[kTallRows / 2]) {
+        const uint32_t thread = registers::thread_index(), lane = thread % 32;
+        const bool odd = lane & 1;
+        uint16_t* const row = target(piece, thread / 32 * 16 + lane / 4 + 8 * odd);
+#pragma unroll
+        for (uint32_t half = 0; half < 2; ++half) {
+            const float(&sum)[kTallRows / 2] = half == 0 ? first : second;
+#pragma unroll
+            for (uint32_t i = 0; i < kGroupSize / 16; ++i) {
+                uint2 own[2];
+#pragma unroll
+                for (uint32_t h = 0; h < 2; ++h) {
+                    const uint32_t at = 8 * i + 2 * h;
+                    own[h] = make_uint2(pack_bf16x2(sum[at], sum[at + 4]), pack_bf16x2(sum[at + 1], sum[at + 5]));
+                }
+                const uint2 sent = odd ? own[0] : own[1], kept = odd ? own[1] : own[0];
+                const uint2 other = make_uint2(__shfl_xor_sync(~0u, sent.x, 1), __shfl_xor_sync(~0u, sent.y, 1));
+                if (within(piece.column, half))
+                    add(row, half * kGroupSize + 16 * i + lane % 4 / 2 * 8,
+                        odd ? make_uint4(other.x, other.y, kept.x, kept.y) : make_uint4(kept.x, kept.y, other.x, other.y));
+            }
+        }
+    }
 };
 
 extern "C" __global__ void __launch_bounds__(kNumThreads, 1) sm90_prefill_down_wide(const __grid_constant__ Params p) {
@@ -163,15 +186,15 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) sm90_prefill_down_w
     const Operands operands{p, p.tiles[0].expert};
     // A share waits only for later ones: they are the earlier CTAs, which are never held up by this one.
     const uint32_t num_shares = gridDim.x / kClusterSize;
-    find_share<kNumK, !kDeterministic, kNumThreads>(shared.share, num_shares - 1 - blockIdx.x / kClusterSize, num_shares,
-                                                    operands.num_tiles * kNumGroups,
-                                                    [&](uint32_t item) { return operands.tile(item).num_rows; });
+    find_share<Cost<kNumK, kTall>, !kDeterministic, kNumThreads>(
+        shared.share, shared.tail, num_shares - 1 - blockIdx.x / kClusterSize, num_shares, operands.num_tiles * kNumGroups,
+        [&](uint32_t item) { return operands.tile(item).num_rows; });
     if (threadIdx.x >= kNumMathThreads) {
         registers::decrease<kProducerRegisters>();
-        Loader<Operands>(operands, shared.load, shared.weight_scales).run(Pieces(shared.share.share, kNumK));
+        Loader<Operands>(operands, shared.load).run(Pieces(shared.share, kNumK));
     } else {
         registers::increase<kMathRegisters>();
-        Math<kNumK, Addition>(shared.load, shared.share.share, Parts{p.part_sums, p.part_written}, Addition{p}).run();
+        Math<kNumK, Addition>(shared.load, shared.share, Parts{p.part_sums, p.part_written}, Addition{p}).run();
     }
     __syncwarp();
     cluster::sync();  // a CTA's shared memory must outlive the other's last arrivals

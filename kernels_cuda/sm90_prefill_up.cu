@@ -9,11 +9,12 @@
 // of a row swizzled by its number. Beside it this kernel does what the down phase needs and nothing else would: it zeroes
 // `out`, and folds each row's weight into its scales. Its first CTA lists the jobs of the down phase.
 //
-// On an H200, with the launch before it, dsv3_tp8: 450 us at M=4096 (601 TFLOP/s), 793 at M=8192 (683 TFLOP/s):
-// experiments/2026-11-23_prefill, with what holds it.
+// On an H200, with the launch before it, dsv3_tp8: 412 us at M=4096 (656 TFLOP/s), 702 at M=8192 (771 TFLOP/s):
+// experiments/2026-11-27_uniform_registers, with what holds it.
 //
-// Set by the compiler's command line: HIDDEN_SIZE, NUM_CHUNKS (intermediate size / 128), BLOCK_M (64, 96), NUM_STAGES, DETERMINISTIC (items are never split), and what the launcher passes: SMEM_BYTES of shared
-// memory and PARAMS_BYTES of parameters.
+// Set by the compiler's command line: HIDDEN_SIZE, NUM_CHUNKS (intermediate size / 128), BLOCK_M (64, 96, 128), NUM_STAGES,
+// DETERMINISTIC (items are never split), and what the launcher passes: SMEM_BYTES of shared memory and PARAMS_BYTES of
+// parameters.
 #include "activation.cuh"
 #include "prefill_jobs.cuh"
 #include "prefill_math.cuh"
@@ -24,10 +25,6 @@ constexpr uint32_t kNumChunks = NUM_CHUNKS;
 constexpr bool kDeterministic = DETERMINISTIC;
 constexpr uint32_t kNumK = kHiddenSize / kTileK;
 constexpr uint32_t kStagedRowBytes = kGroupSize + 16;  // rows apart by other than a multiple of all banks
-
-// 64 K registers: 128 producer threads and 256 math threads.
-constexpr uint32_t kProducerRegisters = 72;
-constexpr uint32_t kMathRegisters = 216;
 
 struct Params {
     TensorMap w13;  // [E * 2I, H], boxes of 128 rows x 128 bytes
@@ -55,19 +52,21 @@ struct Params {
 static_assert(sizeof(Params) == PARAMS_BYTES, "the launcher's struct differs");
 
 struct ActivationStorage {
-    alignas(16) uint8_t staged[kBlockM][kStagedRowBytes];
-    alignas(16) float amax[kNumMathWarps][kBlockM];
+    union {
+        alignas(16) uint8_t staged[kBlockM][kStagedRowBytes];
+        alignas(16) float amax[kNumMathWarps][kBlockM];  // before
+    };
     alignas(16) float row_factor[kBlockM];
 };
 
 struct SharedStorage {
-    LoadStorage load;
+    LoadStorage<kNumK> load;
     union {
         ActivationStorage activation;
         JobStorage jobs;  // before the first item
+        TailStorage tail;  // before the jobs
     };
-    float weight_scales[2][2][kNumK];
-    ShareStorage share;
+    Share share;
 };
 static_assert(sizeof(SharedStorage) <= SMEM_BYTES, "the launcher reserves too little shared memory");
 
@@ -101,6 +100,7 @@ struct Activation {
     ActivationStorage& shared;
 
     static constexpr uint32_t kNone = ~0u;
+    static constexpr uint32_t kPiecesOfRow = kGroupSize / 16;
 
     // Thread `row` has that row of this CTA's part of the tile: its choice, kNone if there is no such row.
     __device__ __forceinline__ uint32_t ahead(const PieceOfTile& piece) const {
@@ -113,16 +113,12 @@ struct Activation {
         return piece.first_h_row + cluster::cta_rank() * rows_per_cta(piece.num_rows) + registers::thread_index();
     }
 
-    __device__ __forceinline__ void store_staged(const PieceOfTile& piece) const {
-        const uint32_t rows = rows_per_cta(piece.num_rows), first = cluster::cta_rank() * rows;
-        const uint32_t end = min(rows, max(piece.num_rows, first) - first);
-        constexpr uint32_t kPieces = kGroupSize / 16;
-        for (uint32_t i = registers::thread_index(); i < end * kPieces; i += kNumMathThreads) {
-            const uint32_t row = i / kPieces, part = i % kPieces, index = piece.first_h_row + first + row;
-            uint8_t* const target = p.h + (static_cast<uint64_t>(piece.column) * p.num_h_rows + index) * kGroupSize;
-            *reinterpret_cast<uint4*>(target + (part ^ index % 8) * 16) =
-                *reinterpret_cast<const uint4*>(shared.staged[row] + part * 16);
-        }
+    __device__ __forceinline__ void store_piece(const PieceOfTile& piece, uint32_t first_h_row, uint32_t row,
+                                                uint32_t part) const {
+        const uint32_t index = first_h_row + row;
+        uint8_t* const target = p.h + (static_cast<uint64_t>(piece.column) * p.num_h_rows + index) * kGroupSize;
+        *reinterpret_cast<uint4*>(target + (part ^ index % 8) * 16) =
+            *reinterpret_cast<const uint4*>(shared.staged[row] + part * 16);
     }
 
     template <uint32_t kRows>
@@ -141,6 +137,7 @@ struct Activation {
                 left = fmaxf(left, __shfl_xor_sync(~0u, left, offset));
                 right = fmaxf(right, __shfl_xor_sync(~0u, right, offset));
             }
+            if (j == 0) named_barrier(kMathBarrier, kNumMathThreads);  // the last item's `staged` has been stored
             if (lane < 4) *reinterpret_cast<float2*>(&shared.amax[warp][8 * j + 2 * lane]) = make_float2(left, right);
         }
         named_barrier(kMathBarrier, kNumMathThreads);
@@ -170,7 +167,54 @@ struct Activation {
             }
         }
         named_barrier(kMathBarrier, kNumMathThreads);
-        store_staged(piece);
+        const uint32_t rows = rows_per_cta(piece.num_rows), first = cluster::cta_rank() * rows;
+        const uint32_t end = min(rows, max(piece.num_rows, first) - first);
+        for (uint32_t i = thread; i < end * kPiecesOfRow; i += kNumMathThreads)
+            store_piece(piece, piece.first_h_row + first, i / kPiecesOfRow, i % kPiecesOfRow);
+    }
+
+    // Thread (warp w, lane l) has rows 16 w + l / 4 and the one 8 below, and of each 8 channels 2 (l % 4) and the next.
+    __device__ __forceinline__ void finish_tall(const PieceOfTile& piece, float (&gate)[kTallRows / 2],
+                                                const float (&up)[kTallRows / 2]) {
+        const uint32_t thread = registers::thread_index(), warp = thread / 32, lane = thread % 32;
+        const uint32_t rows = rows_per_cta(piece.num_rows), first = cluster::cta_rank() * rows;
+        const uint32_t end = min(rows, max(piece.num_rows, first) - first);
+        uint32_t choice[2];
+        float amax[2] = {}, weight[2];
+#pragma unroll
+        for (uint32_t h = 0; h < 2; ++h) {
+            const uint32_t row = 16 * warp + lane / 4 + 8 * h;
+            choice[h] = row < end ? p.sorted_choices[piece.first_row + first + row] : kNone;
+            weight[h] = row < end ? p.topk_weights[choice[h]] * p.routed_scaling_factor : 0.f;
+        }
+        named_barrier(kMathBarrier, kNumMathThreads);  // the last item's `staged` has been stored
+#pragma unroll
+        for (uint32_t i = 0; i < kTallRows / 2; ++i) {
+            gate[i] = p.form.swiglu(gate[i], up[i]);
+            amax[i / 2 % 2] = fmaxf(amax[i / 2 % 2], fabsf(gate[i]));
+        }
+#pragma unroll
+        for (uint32_t h = 0; h < 2; ++h) {
+            const uint32_t row = 16 * warp + lane / 4 + 8 * h;
+            amax[h] = fmaxf(amax[h], __shfl_xor_sync(~0u, amax[h], 1));
+            amax[h] = fmaxf(amax[h], __shfl_xor_sync(~0u, amax[h], 2));
+            const float scale = p.form.scale(amax[h]), inverse = 1.f / scale;
+#pragma unroll
+            for (uint32_t j = 0; j < kGroupSize / 8; ++j)
+                *reinterpret_cast<uint16_t*>(&shared.staged[row][8 * j + 2 * (lane % 4)]) =
+                    pack_e4m3x2(gate[4 * j + 2 * h] * inverse, gate[4 * j + 2 * h + 1] * inverse);
+            if (lane % 4 == 0 && choice[h] != kNone) {
+                const uint32_t h_row = piece.first_h_row + first + row;
+                p.h_scale[static_cast<uint64_t>(h_row) * kNumChunks + piece.column] = scale * weight[h];
+                if (piece.column == 0) p.destination[h_row] = kDeterministic ? choice[h] : choice[h] / p.top_k;
+            }
+        }
+        __syncwarp();
+#pragma unroll
+        for (uint32_t i = lane; i < 16 * kPiecesOfRow; i += 32) {  // of this warp's rows
+            const uint32_t row = 16 * warp + i / kPiecesOfRow;
+            if (row < end) store_piece(piece, piece.first_h_row + first, row, i % kPiecesOfRow);
+        }
     }
 };
 
@@ -192,16 +236,16 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) sm90_prefill_up(con
     const uint32_t num_tiles = p.tiles[0].expert;
     // A share waits only for later ones: they are the earlier CTAs, which are never held up by this one.
     const uint32_t num_shares = gridDim.x / kClusterSize;
-    find_share<kNumK, !kDeterministic, kNumThreads>(shared.share, num_shares - 1 - blockIdx.x / kClusterSize, num_shares,
-                                                    num_tiles * kNumChunks,
-                                                    [&](uint32_t item) { return operands.tile(item).num_rows; });
+    find_share<Cost<kNumK, kTall>, !kDeterministic, kNumThreads>(
+        shared.share, shared.tail, num_shares - 1 - blockIdx.x / kClusterSize, num_shares, num_tiles * kNumChunks,
+        [&](uint32_t item) { return operands.tile(item).num_rows; });
     if (threadIdx.x >= kNumMathThreads) {
         registers::decrease<kProducerRegisters>();
-        Loader<Operands>(operands, shared.load, shared.weight_scales).run(Pieces(shared.share.share, kNumK));
+        Loader<Operands>(operands, shared.load).run(Pieces(shared.share, kNumK));
     } else {
         registers::increase<kMathRegisters>();
         if (blockIdx.x == 0) list_jobs(shared.jobs, p.tiles, p.num_experts, p.jobs);
-        Math<kNumK, Activation>(shared.load, shared.share.share, Parts{p.part_sums, p.part_written},
+        Math<kNumK, Activation>(shared.load, shared.share, Parts{p.part_sums, p.part_written},
                                 Activation{p, shared.activation})
             .run();
     }

@@ -101,8 +101,8 @@ __device__ __forceinline__ void signal(uint32_t* flag) {
     asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
 }
 
-// One thread, before a barrier with those that read. Traps if the signal does not come.
-__device__ __forceinline__ void await(const uint32_t* flag) {
+// One thread, before a barrier with those that read. Traps if the signal does not come. Not inlined, as list_jobs().
+__device__ __noinline__ void await(const uint32_t* flag) {
 #pragma unroll 1
     for (uint32_t poll = 0; poll < kMaxPolls; ++poll) {
         uint32_t value;
@@ -112,8 +112,8 @@ __device__ __forceinline__ void await(const uint32_t* flag) {
     __trap();
 }
 
-// For the first num_flags of up to 4 flags that lie beside each other, by each thread that reads.
-__device__ __forceinline__ void await(const uint4* flags, uint32_t num_flags) {
+// For the first num_flags of up to 4 flags that lie beside each other, by each thread that reads. Not inlined either.
+__device__ __noinline__ void await(const uint4* flags, uint32_t num_flags) {
 #pragma unroll 1
     for (uint32_t poll = 0; poll < kMaxPolls; ++poll) {
         uint4 value;

@@ -32,8 +32,9 @@ struct Cut {
     }
 };
 
-// Threads 0..255 of one CTA. The order of jobs of one size is not fixed.
-__device__ __forceinline__ void list_jobs(JobStorage& shared, const Tile* tiles, uint32_t num_experts, int4* jobs) {
+// Threads 0..255 of one CTA. The order of jobs of one size is not fixed. Not inlined: it is called once, and within the kernel
+// its branches would keep the compiler from seeing what is uniform in the loops that follow.
+__device__ __noinline__ void list_jobs(JobStorage& shared, const Tile* tiles, uint32_t num_experts, int4* jobs) {
     constexpr uint32_t kPerThread = kMostExperts / kNumListThreads;
     const uint32_t thread = threadIdx.x, lane = thread % 32, first_expert = kPerThread * thread;
 #pragma unroll

@@ -34,7 +34,8 @@ constexpr uint32_t kClusterSize = 2;
 constexpr uint32_t kZeroBytes = 2048;
 constexpr uint32_t kNumPieces = kNumStages + 2;  // one that is finished, one in each stage, the one being written
 
-static_assert(kBlockM % 16 == 0 && kBlockM <= 128, "a load thread has the scale of one row, scales lie in groups of 16");
+static_assert(kBlockM % 16 == 0, "scales lie in groups of 16");
+static_assert(kBlockM <= kNumLoadThreads, "a load thread has the scales of one row");
 
 // What consumers need of a piece; ready with the stage of its first step. num_rows 0: there are no more.
 struct PieceOfTile {
@@ -58,7 +59,8 @@ struct Zeroing {
             end = target + min(part * (blockIdx.x + 1), num_bytes);
         }
     }
-    __device__ __forceinline__ void step() {
+    // Not inlined, as list_jobs().
+    __device__ __noinline__ void step() {
         if (next == end) return;
         const uint32_t num_bytes = min(static_cast<uint64_t>(kZeroBytes), static_cast<uint64_t>(end - next));
         bulk_store(next, zeros, num_bytes);
@@ -70,16 +72,17 @@ struct Zeroing {
     }
 };
 
+template <uint32_t kNumK>
 struct LoadStorage {
     alignas(1024) uint8_t weights[kNumStages][2][kHalfBytes];
     alignas(1024) uint8_t rows[kNumStages][kBlockM * kTileK];
     Zeroing zeroing;
-    alignas(16) float row_scale[kNumStages][kBlockM];  // at scale_slot(row)
-    float weight_scale[kNumStages][2];
+    alignas(16) float scale[kNumStages][2][kBlockM];  // of a row, at its scale_slot(), times that of half of the weights
     PieceOfTile piece[kNumPieces];
     uint32_t first_of_piece[kNumStages];  // where a piece begins: its place in `piece`
     uint32_t source_row[2][kBlockM];
-    float4 own_scales[kNumLoadThreads];  // of a thread's row, for the four steps that the present one is among
+    float4 own_scales[kBlockM];  // of a thread's row, for the four steps that the present one is among
+    float weight_scales[2][2][kNumK];  // of two pieces, the two halves of the weights
     uint64_t full[kNumStages];
     uint64_t empty[kNumStages];
 };
@@ -92,7 +95,8 @@ __device__ __forceinline__ constexpr uint32_t scale_slot(uint32_t row) {
 using Ring = RingPosition<kNumStages>;
 
 // One thread, before a cluster barrier.
-__device__ __forceinline__ void init_ring(LoadStorage& shared) {
+template <uint32_t kNumK>
+__device__ __forceinline__ void init_ring(LoadStorage<kNumK>& shared) {
     for (uint32_t stage = 0; stage < kNumStages; ++stage) {
         constexpr uint32_t kScaleArrivals = kNumLoadThreads / 32 * mbarrier::kArrivalsPerWarp;
         mbarrier::init(shared.full[stage], kNumLoadThreads + kScaleArrivals + 1);  // rows, scales, weights
@@ -110,13 +114,12 @@ struct Loader {
     static constexpr uint32_t kLead = 8;  // steps before its end at which a piece fetches the rows of the next
 
     const Operands& operands;
-    LoadStorage& shared;
-    float (&weight_scales)[2][2][kNumK];
+    LoadStorage<kNumK>& shared;
     const uint32_t rank = cluster::cta_rank();
     const uint32_t thread = registers::thread_index() - kNumMathThreads;
 
-    __device__ __forceinline__ Loader(const Operands& operands, LoadStorage& shared, float (&weight_scales)[2][2][kNumK])
-        : operands(operands), shared(shared), weight_scales(weight_scales) {}
+    __device__ __forceinline__ Loader(const Operands& operands, LoadStorage<kNumK>& shared)
+        : operands(operands), shared(shared) {}
 
     struct Job {
         Tile tile;
@@ -131,8 +134,14 @@ struct Loader {
     };
 
     __device__ __forceinline__ Job take(Pieces& pieces) const {
-        Job job{{}, 0, pieces.take()};
-        if (!job.end()) job.tile = operands.tile(job.piece.item), job.column = operands.column(job.piece.item);
+        using registers::uniform;
+        const Piece piece = pieces.take();
+        Job job{{}, 0, {uniform(piece.item), uniform(piece.first_k), uniform(piece.last_k)}};
+        if (!job.end()) {
+            const Tile tile = operands.tile(job.piece.item);
+            job.tile = {uniform(tile.expert), uniform(tile.first_row), uniform(tile.num_rows), 0};
+            job.column = operands.column(job.piece.item);
+        }
         return job;
     }
 
@@ -171,25 +180,27 @@ struct Loader {
     }
 
     // A step's instructions come one after another in each warp, and math waits for the last of them: so what can be is read
-    // before the wait for a free stage, and addresses are not worked out anew.
+    // before the wait for a free stage, addresses are not worked out anew, and what is the same for all is known to be
+    // (registers::uniform()).
     __device__ __forceinline__ void run(Pieces pieces) {
         Ring ring;
         uint32_t buffer = 0, piece = 0;
         Job job = take(pieces);
         Rows rows = fetch_rows(job);
         float4 ahead = fetch_scales(rows.own_row, job.piece.first_k);
-        const float* const own_scales = reinterpret_cast<const float*>(shared.own_scales + thread);
+        float4& own_scales = shared.own_scales[min(thread, kBlockM - 1)];
         const uint32_t first_target =
             shared_address(shared.rows) + thread / 8 * kTileK + (thread % 8 ^ thread / 8 % 8) * 16;
         while (!job.end()) {
             const uint32_t first_k = job.piece.first_k, last_k = job.piece.last_k, end_row = num_rows(job);
             // A thread is at most one piece ahead of another, so two buffers suffice.
             buffer ^= 1;
-            if (thread < kBlockM) shared.source_row[buffer][thread] = rows.own_row;
+            const uint32_t own_row = rows.own_row;
+            if (thread < kBlockM) shared.source_row[buffer][thread] = own_row;
 #pragma unroll
             for (uint32_t i = 0; i < kScalesPerThread; ++i) {
                 const uint32_t index = i * kNumLoadThreads + thread, half = index >= kNumK;
-                if (index < 2 * kNumK) weight_scales[buffer][half][index - half * kNumK] = rows.weight_scale[i];
+                if (index < 2 * kNumK) shared.weight_scales[buffer][half][index - half * kNumK] = rows.weight_scale[i];
             }
             named_barrier(kLoadBarrier, kNumLoadThreads);
             // Registers of its own for each address: a copy holds the one that it was given until it is under way.
@@ -200,7 +211,6 @@ struct Loader {
                 const uint32_t row = min(pass * 16 + thread / 8, max(end_row, 1u) - 1);
                 source[pass] = operands.row_piece(shared.source_row[buffer][row], thread % 8, first_k);
             }
-            const uint32_t row = rows.own_row;
             const uint32_t rows_at = max(last_k, first_k + kLead) - kLead;
             Job next;
 #pragma unroll 1
@@ -208,12 +218,13 @@ struct Loader {
                 if (k == first_k) next = take(pieces);
                 if (k == rows_at) rows = fetch_rows(next);
                 if (k % 4 == 0 || k == first_k) {
-                    shared.own_scales[thread] = ahead;
                     const uint32_t next_group = k / 4 * 4 + 4;
                     const bool within = next_group < last_k;
-                    ahead = fetch_scales(within ? row : rows.own_row, within ? next_group : next.piece.first_k);
+                    if (thread < kBlockM) own_scales = ahead;
+                    ahead = fetch_scales(within ? own_row : rows.own_row, within ? next_group : next.piece.first_k);
                 }
-                const float scale = own_scales[k % 4], weight_scale = weight_scales[buffer][thread % 2][k];
+                const float scale = reinterpret_cast<const float*>(&own_scales)[k % 4];
+                const float first_scale = shared.weight_scales[buffer][0][k], second_scale = shared.weight_scales[buffer][1][k];
                 mbarrier::wait(shared.empty[ring.stage], ring.parity ^ 1);
                 uint64_t& full = shared.full[ring.stage];
                 if (thread == 0) {
@@ -232,12 +243,14 @@ struct Loader {
                 const uint32_t target = first_target + ring.stage * (kBlockM * kTileK);
 #pragma unroll
                 for (uint32_t pass = 0; pass < kPasses; ++pass) {
-                    cp_async_16(target + pass * 16 * kTileK, source[pass], pass * 16 < end_row);
+                    if (pass * 16 < end_row) cp_async_16(target + pass * 16 * kTileK, source[pass], true);
                     source[pass] += operands.k_stride();
                 }
                 cp_async_arrive(full);
-                if (thread < kBlockM) shared.row_scale[ring.stage][scale_slot(thread)] = scale;
-                if (thread < 2) shared.weight_scale[ring.stage][thread] = weight_scale;
+                if (thread < kBlockM) {
+                    shared.scale[ring.stage][0][scale_slot(thread)] = scale * first_scale;
+                    shared.scale[ring.stage][1][scale_slot(thread)] = scale * second_scale;
+                }
                 mbarrier::arrive_warp(full);
                 if (thread == 32 && k % 2) shared.zeroing.step();
             }

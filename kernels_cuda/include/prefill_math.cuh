@@ -1,7 +1,7 @@
 // The consumers of a grouped product: sums over K of 256 weight rows by the rows of a tile, block-scaled, in fp32.
 //
-// The rows of a CTA are the N of wgmma and weight rows the M, so that no product is wasted on rows that are not there. Two
-// warpgroups, each with 64 rows of each half of the weights.
+// Two warpgroups. In low tiles the rows of a CTA are the N of wgmma and weight rows the M, so that no product is wasted on rows
+// that are not there: each warpgroup has 64 rows of each half of the weights. In tall ones it has 64 rows of the tile.
 //
 // A piece of K that does not begin at 0 leaves its sums to the cluster whose piece does, through global memory.
 #pragma once
@@ -14,10 +14,20 @@
 constexpr uint32_t kWarpgroupBytes = 64 * kTileK;
 constexpr uint32_t kPartVectors = kBlockM / 4;  // float4 that a thread leaves of its sums
 
-static_assert(kBlockM <= 96, "registers for two partial sums");
+// Up to so many rows of a CTA are the N of wgmma. As its M a thread needs the scales of two rows only, and those are read from
+// shared memory beside the operands of the products.
+constexpr uint32_t kMostSwappedRows = 96;
+constexpr uint32_t kTallRows = 128;
+constexpr bool kTall = kBlockM > kMostSwappedRows;
 
-// Heights that a CTA's part of a tile is padded to: 16, 32, then by 8.
-__device__ __forceinline__ constexpr uint32_t next_height(uint32_t rows) { return rows + (rows < 32 ? 16 : 8); }
+// 64 K registers: 128 producer threads and 256 math threads.
+constexpr uint32_t kProducerRegisters = 72;
+constexpr uint32_t kMathRegisters = 216;
+
+static_assert(!kTall || kBlockM == kTallRows, "either form");
+
+// Heights that a CTA's part of a tile is padded to if it is swapped.
+__device__ __forceinline__ constexpr uint32_t next_height(uint32_t rows) { return rows + (rows < 64 ? 16 : 8); }
 
 // Sums left by shares that begin inside an item; one for each CTA.
 struct Parts {
@@ -64,66 +74,64 @@ struct Parts {
 // Epilogue is a type with
 //     ahead(piece)                                what this thread needs to know of the piece, asked for before its products
 //     finish<kRows>(piece, ahead, first, second)  sums of weight rows by kRows rows: first and second half, wgmma's layout
+//     finish_tall(piece, first, second)           sums of rows by 128 weight rows, of each half
 template <uint32_t kNumK, typename Epilogue>
 struct Math {
-    LoadStorage& shared;
+    LoadStorage<kNumK>& shared;
     const Share& share;
     const Parts parts;
     Epilogue epilogue;
-    uint32_t next_step = 0;  // of all pieces; the only register that the ring takes
+    Ring ring;
+    const uint32_t warpgroup = registers::uniform(registers::thread_index() / 128);
 
-    __device__ __forceinline__ Math(LoadStorage& shared, const Share& share, const Parts& parts, const Epilogue& epilogue)
+    __device__ __forceinline__ Math(LoadStorage<kNumK>& shared, const Share& share, const Parts& parts, const Epilogue& epilogue)
         : shared(shared), share(share), parts(parts), epilogue(epilogue) {}
 
-    __device__ __forceinline__ uint32_t next_stage() const { return next_step % kNumStages; }
-    __device__ __forceinline__ void wait_stage(uint32_t stage) {
-        mbarrier::wait(shared.full[stage], next_step / kNumStages % 2);
+    __device__ __forceinline__ void wait_stage() {
+        mbarrier::wait(shared.full[ring.stage], ring.parity);
         fence_async_proxy();  // rows came by cp.async
     }
 
-    __device__ __forceinline__ void release(uint32_t stage, uint32_t lane) {
+    __device__ __forceinline__ void release(uint32_t stage) {
         mbarrier::arrive_warp(shared.empty[stage]);
-        if (lane == 0) mbarrier::arrive_remote_relaxed(shared.empty[stage], cluster::cta_rank() ^ 1);
+        if (registers::thread_index() % 32 == 0)
+            mbarrier::arrive_remote_relaxed(shared.empty[stage], cluster::cta_rank() ^ 1);
     }
 
-    __device__ __forceinline__ uint64_t weights(uint32_t stage, uint32_t half, uint32_t warpgroup) const {
+    __device__ __forceinline__ uint64_t weights(uint32_t stage, uint32_t half) const {
         return wgmma::descriptor(shared.weights[stage][half] + warpgroup * kWarpgroupBytes);
     }
     __device__ __forceinline__ uint64_t rows(uint32_t stage) const { return wgmma::descriptor(shared.rows[stage]); }
 
-    // The rows' scales of this lane's columns. A 16-byte read takes as long for one address as for 32, so they are read once
-    // for both halves, where there are registers to keep them.
+    // The scales of this lane's columns. The first few are read before the wait for the product, the others meanwhile.
     template <uint32_t kRows>
-    struct RowScales {
+    struct Scales {
         static constexpr uint32_t kCount = ceil_div(kRows, 16u);
-        static constexpr bool kKept = kRows <= 80;
+        static constexpr uint32_t kAhead = kBlockM > 64 ? 2 : 3;
         const float4* source;
-        float4 kept[kKept ? kCount : 1];
+        float4 ahead[kAhead];
 
-        __device__ __forceinline__ void read(const float* scale, uint32_t lane) {
-            source = reinterpret_cast<const float4*>(scale) + lane % 4;
-            if constexpr (kKept) {
+        __device__ __forceinline__ explicit Scales(const float (&scale)[kBlockM])
+            : source(reinterpret_cast<const float4*>(scale) + registers::thread_index() % 4) {
 #pragma unroll
-                for (uint32_t i = 0; i < kCount; ++i) kept[i] = source[4 * i];
-            }
+            for (uint32_t i = 0; i < kAhead && i < kCount; ++i) ahead[i] = source[4 * i];
         }
-        __device__ __forceinline__ float4 at(uint32_t i) const { return kKept ? kept[kKept ? i : 0] : source[4 * i]; }
+        __device__ __forceinline__ float4 at(uint32_t i) const { return i < kAhead ? ahead[i < kAhead ? i : 0] : source[4 * i]; }
     };
 
-    // sum += partial * scale of the weights * scale of the column's row.
+    // sum += partial * scale of the column's row and the weights.
     template <uint32_t kRows>
     __device__ __forceinline__ static void promote(float (&sum)[kRows / 2], float (&partial)[kRows / 2],
-                                                   const RowScales<kRows>& scales, float weight_scale) {
+                                                   const Scales<kRows>& scales) {
         wgmma::pin(partial);
 #pragma unroll
-        for (uint32_t j = 0; j < RowScales<kRows>::kCount; ++j) {
+        for (uint32_t j = 0; j < Scales<kRows>::kCount; ++j) {
             const float4 four = scales.at(j);
 #pragma unroll
             for (uint32_t h = 0; h < 2; ++h) {
                 const uint32_t i = 8 * j + 4 * h;
                 if (i >= kRows / 2) break;
-                const float left = (h == 0 ? four.x : four.z) * weight_scale;
-                const float right = (h == 0 ? four.y : four.w) * weight_scale;
+                const float left = h == 0 ? four.x : four.z, right = h == 0 ? four.y : four.w;
                 sum[i + 0] += partial[i + 0] * left;
                 sum[i + 1] += partial[i + 1] * right;
                 sum[i + 2] += partial[i + 2] * left;
@@ -133,81 +141,125 @@ struct Math {
         wgmma::pin(sum);
     }
 
-    // While one partial sum is promoted the product of the other is under way.
-    template <uint32_t kRows>
-    __device__ __forceinline__ void add_products(float (&first)[kRows / 2], float (&second)[kRows / 2], uint32_t num_steps) {
-        const uint32_t thread = registers::thread_index(), lane = thread % 32, warpgroup = thread / 128;
-        float a[kRows / 2], b[kRows / 2];
-        RowScales<kRows> scales;
-        uint32_t stage = next_stage();
-        const auto promote_first = [&] {
-            scales.read(shared.row_scale[stage], lane);
-            const float weight_scale = shared.weight_scale[stage][0];
-            wgmma::wait<1>();
-            promote<kRows>(first, a, scales, weight_scale);
+    // Rows of a tall tile, as the M of wgmma: of each half of the weights 128 columns. One product after the other; while it is
+    // promoted the other warpgroup's is under way.
+    __device__ __forceinline__ void add_tall_products(float (&first)[kTallRows / 2], float (&second)[kTallRows / 2],
+                                                      uint32_t num_steps) {
+        float partial[kTallRows / 2] = {};
+        const auto multiply = [&](uint32_t stage, uint32_t half) {
+            wgmma::multiply_k128<kTallRows, true>(partial, wgmma::descriptor(shared.rows[stage] + warpgroup * kWarpgroupBytes),
+                                                  wgmma::descriptor(shared.weights[stage][half]));
         };
-        wait_stage(stage);
-        wgmma::multiply_k128<kRows>(a, weights(stage, 0, warpgroup), rows(stage));
-        wgmma::multiply_k128<kRows>(b, weights(stage, 1, warpgroup), rows(stage));
+        const auto promote_rows = [&](float(&sum)[kTallRows / 2], uint32_t stage, uint32_t half) {
+            const uint32_t thread = registers::thread_index();
+            const float* const scale = shared.scale[stage][half] + scale_slot(thread / 32 * 16 + thread % 32 / 4);
+            const float upper = scale[0], lower = scale[scale_slot(8)];  // of a row, and of the one 8 below
+            wgmma::wait<0>();
+            wgmma::pin(partial);
+#pragma unroll
+            for (uint32_t i = 0; i < kTallRows / 2; ++i) sum[i] += partial[i] * (i % 4 < 2 ? upper : lower);
+            wgmma::pin(sum);
+        };
+        wait_stage();
+#pragma unroll 1
+        for (uint32_t step = 1; step <= num_steps; ++step) {
+            const uint32_t stage = ring.stage;
+            multiply(stage, 0);
+            promote_rows(first, stage, 0);
+            multiply(stage, 1);
+            ring.advance();
+            if (step < num_steps) wait_stage();  // meanwhile
+            promote_rows(second, stage, 1);
+            release(stage);
+        }
+    }
+
+    // Swapped: while one partial sum is promoted the product of the other is under way.
+    template <uint32_t kRows>
+    __device__ __forceinline__ void add_products(float (&first)[kRows / 2], float (&second)[kRows / 2],
+                                                            uint32_t num_steps) {
+        float a[kRows / 2], b[kRows / 2];
+        const auto promote_first = [&] {
+            const Scales<kRows> scales(shared.scale[ring.stage][0]);
+            wgmma::wait<1>();
+            promote<kRows>(first, a, scales);
+        };
+        wait_stage();
+        wgmma::multiply_k128<kRows>(a, weights(ring.stage, 0), rows(ring.stage));
+        wgmma::multiply_k128<kRows>(b, weights(ring.stage, 1), rows(ring.stage));
         promote_first();
 #pragma unroll 1
         for (uint32_t step = 1; step < num_steps; ++step) {
-            const uint32_t previous = stage;
-            const float weight_scale = shared.weight_scale[previous][1];
-            ++next_step;
-            stage = next_stage();
-            wait_stage(stage);
-            wgmma::multiply_k128<kRows>(a, weights(stage, 0, warpgroup), rows(stage));
+            const uint32_t previous = ring.stage;
+            ring.advance();
+            wait_stage();
+            wgmma::multiply_k128<kRows>(a, weights(ring.stage, 0), rows(ring.stage));
+            const Scales<kRows> scales(shared.scale[previous][1]);
             wgmma::wait<1>();
-            promote<kRows>(second, b, scales, weight_scale);
-            wgmma::multiply_k128<kRows>(b, weights(stage, 1, warpgroup), rows(stage));
-            release(previous, lane);
+            promote<kRows>(second, b, scales);
+            wgmma::multiply_k128<kRows>(b, weights(ring.stage, 1), rows(ring.stage));
+            release(previous);
             promote_first();
         }
-        const float weight_scale = shared.weight_scale[stage][1];
+        const Scales<kRows> scales(shared.scale[ring.stage][1]);
         wgmma::wait<0>();
-        promote<kRows>(second, b, scales, weight_scale);
-        release(stage, lane);
-        ++next_step;
+        promote<kRows>(second, b, scales);
+        release(ring.stage);
+        ring.advance();
     }
 
     // Whether this share has the epilogue of the piece: then `first` and `second` are the sums over all of K.
     template <uint32_t kCount>
-    __device__ __forceinline__ bool complete(const PieceOfTile& piece, float (&first)[kCount], float (&second)[kCount]) {
-        if (piece.first_k > 0) {
+    __device__ __forceinline__ bool complete(uint32_t first_k, uint32_t last_k, float (&first)[kCount], float (&second)[kCount]) {
+        if (first_k > 0) {
             parts.store(share.number, first, second);
             return false;
         }
         uint32_t other = share.number + 1;
 #pragma unroll 1
-        for (uint32_t k = piece.last_k; k < kNumK; ++other) {
-            const uint32_t next_k = share.steps_before(other + 1, kNumK);
+        for (uint32_t k = last_k; k < kNumK; ++other) {
+            const uint32_t next_k = registers::uniform(share.steps_before(other + 1, kNumK));
             if (next_k > k) parts.add(other, first, second);
             k = next_k;
         }
         return true;
     }
 
-    // With the least height that holds num_rows, kRows or more.
+    template <bool kSwapped, uint32_t kRows>
+    __device__ __forceinline__ void multiply(const PieceOfTile& piece) {
+        float first[kRows / 2], second[kRows / 2];
+#pragma unroll
+        for (uint32_t i = 0; i < kRows / 2; ++i) first[i] = second[i] = 0.f;
+        const uint32_t first_k = registers::uniform(piece.first_k), last_k = registers::uniform(piece.last_k);
+        if constexpr (kSwapped) {
+            const auto ahead = epilogue.ahead(piece);
+            add_products<kRows>(first, second, last_k - first_k);
+            if (complete(first_k, last_k, first, second)) epilogue.template finish<kRows>(piece, ahead, first, second);
+        } else {
+            add_tall_products(first, second, last_k - first_k);
+            if (complete(first_k, last_k, first, second)) epilogue.finish_tall(piece, first, second);
+        }
+        __syncwarp();  // where lanes may have parted; else the compiler takes them for parted ever after
+    }
+
+    // Swapped, with the least height that holds num_rows, kRows or more.
     template <uint32_t kRows = 16>
     __device__ __forceinline__ void multiply_fitting(const PieceOfTile& piece, uint32_t num_rows) {
         if constexpr (next_height(kRows) <= kBlockM)
             if (num_rows > kRows) return multiply_fitting<next_height(kRows)>(piece, num_rows);
-        const auto ahead = epilogue.ahead(piece);
-        float first[kRows / 2], second[kRows / 2];
-#pragma unroll
-        for (uint32_t i = 0; i < kRows / 2; ++i) first[i] = second[i] = 0.f;
-        add_products<kRows>(first, second, piece.last_k - piece.first_k);
-        if (complete(piece, first, second)) epilogue.template finish<kRows>(piece, ahead, first, second);
+        multiply<true, kRows>(piece);
     }
 
     __device__ __forceinline__ void run() {
         while (true) {
-            const uint32_t stage = next_stage();
-            mbarrier::wait(shared.full[stage], next_step / kNumStages % 2);
-            const PieceOfTile& piece = shared.piece[shared.first_of_piece[stage]];
-            if (piece.num_rows == 0) return;
-            multiply_fitting(piece, rows_per_cta(piece.num_rows));
+            mbarrier::wait(shared.full[ring.stage], ring.parity);
+            const PieceOfTile& piece = shared.piece[shared.first_of_piece[ring.stage]];
+            const uint32_t num_rows = registers::uniform(piece.num_rows);
+            if (num_rows == 0) return;
+            if constexpr (kTall)
+                multiply<false, kTallRows>(piece);
+            else
+                multiply_fitting(piece, rows_per_cta(num_rows));
         }
     }
 };

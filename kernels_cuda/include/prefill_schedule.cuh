@@ -49,9 +49,9 @@ struct Share {
     }
 };
 
-struct ShareStorage {
-    Share share;
-    uint32_t tail_cost[kMaxTail + 1];  // of an item of the tail; then of all before it
+// Needed only until the share is found.
+struct TailStorage {
+    uint32_t cost[kMaxTail + 1];  // of an item of the tail; then of all before it
 };
 
 // A part of K of one item.
@@ -83,14 +83,18 @@ struct Pieces {
     }
 };
 
-// What an item costs, in the time that 8 rows take for a step: kNumK steps as long as the products of its rows take, but
-// no shorter than loading their weights, then an epilogue.
-template <uint32_t kNumK>
+// What an item costs, in the time that 8 rows take for a step of a low tile: num_k steps as long as the products of its rows
+// take, but no shorter than loading their weights, then an epilogue. In a tall tile rows that are not there take as long.
+template <uint32_t num_k, bool kTall>
 struct Cost {
+    static constexpr uint32_t kNumK = num_k;
     static constexpr uint32_t kLoad = 5;
+    static constexpr uint32_t kTallStep = 11;
     static constexpr uint32_t kEpilogue = 84;
 
-    static __device__ __forceinline__ uint32_t step(uint32_t num_rows) { return max(rows_per_cta(num_rows) / 8, kLoad); }
+    static __device__ __forceinline__ uint32_t step(uint32_t num_rows) {
+        return kTall ? kTallStep : max(rows_per_cta(num_rows) / 8, kLoad);
+    }
     static __device__ __forceinline__ uint32_t item(uint32_t num_rows) { return step(num_rows) * kNumK + kEpilogue; }
 };
 
@@ -121,10 +125,10 @@ __device__ __forceinline__ uint32_t sum_before(uint32_t* value) {
 
 // One warp: from what the whole items of each share cost, how much of the tail comes before each share, such that all
 // shares cost the same.
-__device__ __forceinline__ void share_tail(ShareStorage& storage, uint32_t num_shares) {
+__device__ __forceinline__ void share_tail(Share& share, TailStorage& storage, uint32_t num_shares) {
     constexpr uint32_t kPerLane = kMaxClusters / 32;
-    uint32_t* const cost = storage.share.begin_cost;
-    const uint32_t lane = threadIdx.x % 32, tail = sum_before<kMaxTail / 32>(storage.tail_cost);
+    uint32_t* const cost = share.begin_cost;
+    const uint32_t lane = threadIdx.x % 32, tail = sum_before<kMaxTail / 32>(storage.cost);
     uint32_t total = 0;
 #pragma unroll
     for (uint32_t i = 0; i < kPerLane; ++i) total += cost[lane * kPerLane + i];
@@ -147,20 +151,19 @@ __device__ __forceinline__ void share_tail(ShareStorage& storage, uint32_t num_s
 }
 
 // Where the cost `cost` is reached in an item of the tail: inside it only if kSplitK, otherwise at the nearer end of it.
-template <uint32_t kNumK, bool kSplitK>
+template <typename Cost, bool kSplitK>
 __device__ __forceinline__ Position position_of(const Share& share, uint32_t item, uint32_t cost_within, uint32_t rows) {
-    uint32_t k = min(cost_within / Cost<kNumK>::step(rows), kNumK);
-    if constexpr (!kSplitK) k = cost_within * 2 < Cost<kNumK>::item(rows) ? 0 : kNumK;
-    if (k < kNumK) return {item, k};
+    uint32_t k = min(cost_within / Cost::step(rows), Cost::kNumK);
+    if constexpr (!kSplitK) k = cost_within * 2 < Cost::item(rows) ? 0 : Cost::kNumK;
+    if (k < Cost::kNumK) return {item, k};
     return {item + 1 < share.num_items ? item + 1 : kNoItem, 0};
 }
 
-// All kNumThreads threads: the share of this cluster into storage.share. num_rows(item) is the rows of the item's tile.
-template <uint32_t kNumK, bool kSplitK, uint32_t kNumThreads, typename NumRows>
-__device__ __forceinline__ void find_share(ShareStorage& storage, uint32_t number, uint32_t num_shares, uint32_t num_items,
+// All kNumThreads threads: the share of this cluster. num_rows(item) is the rows of the item's tile.
+template <typename Cost, bool kSplitK, uint32_t kNumThreads, typename NumRows>
+__device__ __forceinline__ void find_share(Share& share, TailStorage& storage, uint32_t number, uint32_t num_shares, uint32_t num_items,
                                            const NumRows& num_rows) {
     static_assert(kNumThreads % kMaxClusters == 0 && kNumThreads >= kMaxTail, "whole columns, the tail at once");
-    Share& share = storage.share;
     const uint32_t thread = threadIdx.x, column = thread % kMaxClusters;
     const uint32_t first_tail = max(num_items / num_shares, 1u) * num_shares - num_shares;
     const uint32_t tail_item = first_tail + thread;
@@ -168,7 +171,7 @@ __device__ __forceinline__ void find_share(ShareStorage& storage, uint32_t numbe
     if (thread <= kMaxClusters) share.begin_cost[thread] = 0;
     if (thread < kMaxTail) {
         if (tail_item < num_items) tail_rows = num_rows(tail_item);
-        storage.tail_cost[thread] = tail_item < num_items ? Cost<kNumK>::item(tail_rows) : 0u;
+        storage.cost[thread] = tail_item < num_items ? Cost::item(tail_rows) : 0u;
     }
     if (thread == 0)
         share.number = number, share.num_shares = num_shares, share.num_items = num_items, share.first_tail = first_tail;
@@ -178,24 +181,24 @@ __device__ __forceinline__ void find_share(ShareStorage& storage, uint32_t numbe
         const uint32_t step = kNumThreads / kMaxClusters * num_shares;
 #pragma unroll 4
         for (uint32_t item = column + thread / kMaxClusters * num_shares; item < first_tail; item += step)
-            cost += Cost<kNumK>::item(num_rows(item));
+            cost += Cost::item(num_rows(item));
         atomicAdd(&share.begin_cost[column], cost);
     }
     __syncthreads();
-    if (thread < 32) share_tail(storage, num_shares);
+    if (thread < 32) share_tail(share, storage, num_shares);
     __syncthreads();
     const uint32_t begin = share.begin_cost[number], end = share.begin_cost[number + 1];
     const uint32_t tail = share.begin_cost[kMaxClusters];
     if (thread == 0 && begin == tail) share.begin = {kNoItem, 0};
     if (thread == 0 && end == tail) share.end = {kNoItem, 0};
     if (thread < kMaxTail) {
-        const uint32_t before = storage.tail_cost[thread], after = storage.tail_cost[thread + 1];
+        const uint32_t before = storage.cost[thread], after = storage.cost[thread + 1];
         if (before <= begin && begin < after)
-            share.begin = position_of<kNumK, kSplitK>(share, tail_item, begin - before, tail_rows);
+            share.begin = position_of<Cost, kSplitK>(share, tail_item, begin - before, tail_rows);
         if (before <= end && end < after) {
-            share.end = position_of<kNumK, kSplitK>(share, tail_item, end - before, tail_rows);
+            share.end = position_of<Cost, kSplitK>(share, tail_item, end - before, tail_rows);
             share.cut_item_cost = before;
-            share.cut_step_cost = Cost<kNumK>::step(tail_rows);
+            share.cut_step_cost = Cost::step(tail_rows);
         }
     }
     __syncthreads();

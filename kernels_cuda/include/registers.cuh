@@ -24,4 +24,10 @@ __device__ __forceinline__ uint32_t thread_index() {
     return index;
 }
 
+// `value`, which is the same in all lanes of the warp, so that the compiler knows it. Stages of a ring, bounds of loops and
+// descriptors then live in uniform registers; otherwise each product waits for its descriptors to be moved there, and each
+// copy runs in a loop over the lanes. It holds only where the compiler sees the warp as one: code in which lanes part, as
+// an epilogue with rows that are not there, must end in __syncwarp(), or nothing after it is uniform any more.
+__device__ __forceinline__ uint32_t uniform(uint32_t value) { return __reduce_or_sync(~0u, value); }
+
 }  // namespace registers

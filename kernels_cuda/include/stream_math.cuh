@@ -3,7 +3,9 @@
 #include "cluster.cuh"
 #include "copy.cuh"
 #include "exchange.cuh"
+#include "mma.cuh"
 #include "promote.cuh"
+#include "registers.cuh"
 #include "stream_storage.cuh"
 #include "wgmma.cuh"
 
@@ -14,12 +16,62 @@ __device__ __forceinline__ constexpr uint32_t next_height(uint32_t rows) {
     return rows + 16 < kMaxRows ? rows + 16 : kMaxRows;
 }
 
+// Sums of wgmma have 14 bits: gate and up are off by 1.3e-4 with sums over 128 of K, by 4.5e-5 with sums over 32. That flips
+// codes of the activations, the largest part of the error of `out`. With few rows to a tile there is time for products in
+// f16 while weights are waited for; with more, for short sums; tall tiles take long enough, and the registers, as it is.
+constexpr uint32_t kMaxExactRows = 16;
+
+template <uint32_t kRows>
+constexpr uint32_t kPromoteK = kRows <= 24 ? 32 : kRows <= 32 ? 64 : kTileK;
+
+// Products of 64 weight rows by kRows tokens over one K tile, in kRounds rounds of kCount sums of kPromoteK each.
+template <uint32_t kRows>
+struct Products {
+    static constexpr uint32_t kPieces = kTileK / kPromoteK<kRows>;
+    static constexpr uint32_t kFitting = kRows <= 16 ? 4 : kRows <= 24 ? 2 : 1;  // registers
+    static constexpr uint32_t kCount = kFitting < kPieces ? kFitting : kPieces;
+    static constexpr uint32_t kRounds = kPieces / kCount;
+    static constexpr uint32_t kSteps = kPromoteK<kRows> / 32;
+    float sums[kCount][kRows / 2];
+
+    // As one committed group.
+    __device__ __forceinline__ void start(uint64_t weights, uint64_t tokens, uint32_t round) {
+        wgmma::fence();
+#pragma unroll
+        for (uint32_t i = 0; i < kCount; ++i) {
+            const uint64_t first = (round * kCount + i) * kSteps * wgmma::kStepK;
+            wgmma::Product<kRows>::zero(sums[i], weights + first, tokens + first);
+#pragma unroll
+            for (uint32_t step = 1; step < kSteps; ++step)
+                wgmma::Product<kRows>::add(sums[i], weights + first + step * wgmma::kStepK,
+                                           tokens + first + step * wgmma::kStepK);
+        }
+        wgmma::commit();
+    }
+
+    __device__ __forceinline__ void pin() {
+#pragma unroll
+        for (uint32_t i = 0; i < kCount; ++i) wgmma::pin(sums[i]);
+    }
+
+    // Of a round that was waited for.
+    __device__ __forceinline__ void promote_into(float (&total)[kRows / 2], const float* token_scale, float weight_scale,
+                                                 uint32_t lane) {
+        pin();
+#pragma unroll
+        for (uint32_t i = 1; i < kCount; ++i)
+#pragma unroll
+            for (uint32_t j = 0; j < kRows / 2; ++j) sums[0][j] += sums[i][j];
+        promote<kRows>(total, sums[0], token_scale, weight_scale, lane);
+    }
+};
+
 // Two warpgroups: each 64 gate rows and the same 64 up rows of the chunk, then 128 of each group's 256 columns.
 struct Math {
     const Params& p;
     SharedStorage& shared;
     const uint32_t thread = threadIdx.x;
-    const uint32_t warpgroup = threadIdx.x / 128;
+    const uint32_t warpgroup = registers::uniform(threadIdx.x / 128);
     const uint32_t warp = threadIdx.x / 32;
     const uint32_t lane = threadIdx.x % 32;
     Position ring;
@@ -35,6 +87,83 @@ struct Math {
         ring.advance();
     }
 
+    // gate and up += products over the K tile that has arrived.
+    template <uint32_t kRows>
+    __device__ __forceinline__ void add_products(float (&gate)[kRows / 2], float (&up)[kRows / 2]) {
+        fence_async_proxy();  // the tokens came by cp.async
+        const uint64_t tokens = wgmma::descriptor(shared.tokens[token_ring.stage]);
+        const uint64_t gate_rows = wgmma::descriptor(shared.weights[ring.stage][0] + warpgroup * kWarpgroupBytes);
+        const uint64_t up_rows = wgmma::descriptor(shared.weights[ring.stage][1] + warpgroup * kWarpgroupBytes);
+        const float* token_scale = shared.token_scale[token_ring.stage];
+        const float gate_scale = shared.weight_scale[token_ring.stage][0];
+        const float up_scale = shared.weight_scale[token_ring.stage][1];
+        Products<kRows> gate_products, up_products;
+        gate_products.start(gate_rows, tokens, 0);
+        up_products.start(up_rows, tokens, 0);
+#pragma unroll
+        for (uint32_t round = 1; round < Products<kRows>::kRounds; ++round) {
+            wgmma::wait<1>();
+            gate_products.promote_into(gate, token_scale, gate_scale, lane);
+            gate_products.start(gate_rows, tokens, round);
+            wgmma::wait<1>();
+            up_products.promote_into(up, token_scale, up_scale, lane);
+            up_products.start(up_rows, tokens, round);
+        }
+        wgmma::wait<1>();
+        gate_products.promote_into(gate, token_scale, gate_scale, lane);
+        wgmma::wait<0>();
+        up_products.pin();
+        release_stage();
+        up_products.promote_into(up, token_scale, up_scale, lane);
+    }
+
+    // The same in f16. A lane has 16 bytes of K of a row at a time, those of pieces 2q and 2q + 1 for q its place in the quad;
+    // each 4 of them are its part of 16 values of K. In which order K is added up does not matter.
+    template <uint32_t kRows>
+    __device__ __forceinline__ void add_exact_products(float (&gate)[kRows / 2], float (&up)[kRows / 2]) {
+        constexpr uint32_t kBlocks = kRows / 8;
+        const uint32_t row = lane / 4;
+        const uint8_t* const weights = shared.weights[ring.stage][0] + (warp * 16 + row) * kTileK;
+        const uint8_t* const tokens = shared.tokens[token_ring.stage] + row * kTileK;
+        float partial[2][2][kRows / 2] = {};  // of each half of K: a sum waits for the one before
+#pragma unroll
+        for (uint32_t half = 0; half < 2; ++half) {
+            const uint32_t piece = ((2 * (lane % 4) + half) ^ row) * 16;
+            uint4 token[kBlocks], above[2], below[2];
+#pragma unroll
+            for (uint32_t j = 0; j < kBlocks; ++j)
+                token[j] = *reinterpret_cast<const uint4*>(tokens + j * 8 * kTileK + piece);
+#pragma unroll
+            for (uint32_t matrix = 0; matrix < 2; ++matrix) {
+                above[matrix] = *reinterpret_cast<const uint4*>(weights + matrix * kHalfBytes + piece);
+                below[matrix] = *reinterpret_cast<const uint4*>(weights + matrix * kHalfBytes + 8 * kTileK + piece);
+            }
+#pragma unroll
+            for (uint32_t word = 0; word < 4; ++word) {
+                uint2 b[kBlocks];
+#pragma unroll
+                for (uint32_t j = 0; j < kBlocks; ++j) b[j] = mma::f16_of_e4m3(mma::word_of(token[j], word));
+#pragma unroll
+                for (uint32_t matrix = 0; matrix < 2; ++matrix) {
+                    const uint2 a = mma::f16_of_e4m3(mma::word_of(above[matrix], word));
+                    const uint2 a_below = mma::f16_of_e4m3(mma::word_of(below[matrix], word));
+#pragma unroll
+                    for (uint32_t j = 0; j < kBlocks; ++j)
+                        mma::add(*reinterpret_cast<float(*)[4]>(partial[half][matrix] + 4 * j), a, a_below, b[j]);
+                }
+            }
+        }
+        const float* const token_scale = shared.token_scale[token_ring.stage];
+        const float* const weight_scale = shared.weight_scale[token_ring.stage];
+        release_stage();
+#pragma unroll
+        for (uint32_t matrix = 0; matrix < 2; ++matrix)
+#pragma unroll
+            for (uint32_t i = 0; i < kRows / 2; ++i) partial[0][matrix][i] += partial[1][matrix][i];
+        promote<kRows>(gate, partial[0][0], token_scale, weight_scale[0], lane);
+        promote<kRows>(up, partial[0][1], token_scale, weight_scale[1], lane);
+    }
+
     // Some K tiles of one job: gate and up sums of 64 rows each, into the rows of the piece in the exchange. If these are
     // all of them, on to the job's activations, for all CTAs or, of a fused tile, for this one. Row r has row_weight[r].
     template <uint32_t kRows>
@@ -42,27 +171,15 @@ struct Math {
         float gate[kRows / 2], up[kRows / 2];
 #pragma unroll
         for (uint32_t i = 0; i < kRows / 2; ++i) gate[i] = up[i] = 0.f;
+        const uint32_t first_unit = registers::uniform(piece.first_unit), last_unit = registers::uniform(piece.last_unit);
 #pragma unroll 1
-        for (uint32_t k = piece.first_unit; k < piece.last_unit; ++k) {
+        for (uint32_t k = first_unit; k < last_unit; ++k) {
             wait_weights();
             mbarrier::wait(shared.tokens_full[token_ring.stage], token_ring.parity);
-            fence_async_proxy();  // the tokens came by cp.async
-            const uint64_t tokens = wgmma::descriptor(shared.tokens[token_ring.stage]);
-            const uint64_t gate_rows = wgmma::descriptor(shared.weights[ring.stage][0] + warpgroup * kWarpgroupBytes);
-            const uint64_t up_rows = wgmma::descriptor(shared.weights[ring.stage][1] + warpgroup * kWarpgroupBytes);
-            const float* token_scale = shared.token_scale[token_ring.stage];
-            const float gate_scale = shared.weight_scale[token_ring.stage][0];
-            const float up_scale = shared.weight_scale[token_ring.stage][1];
-            float gate_partial[kRows / 2], up_partial[kRows / 2];
-            wgmma::multiply_k128<kRows>(gate_partial, gate_rows, tokens);
-            wgmma::multiply_k128<kRows>(up_partial, up_rows, tokens);
-            wgmma::wait<1>();
-            wgmma::pin(gate_partial);
-            promote<kRows>(gate, gate_partial, token_scale, gate_scale, lane);
-            wgmma::wait<0>();
-            wgmma::pin(up_partial);
-            release_stage();
-            promote<kRows>(up, up_partial, token_scale, up_scale, lane);
+            if constexpr (kRows <= kMaxExactRows)
+                add_exact_products<kRows>(gate, up);
+            else
+                add_products<kRows>(gate, up);
             mbarrier::arrive_warp(shared.tokens_empty[token_ring.stage]);
             token_ring.advance();
         }
@@ -258,8 +375,9 @@ struct Math {
     template <uint32_t kRows>
     __device__ __forceinline__ void project_down(const Tile& tile, const Piece& piece) {
         const uint32_t buffer = activation.stage;
+        const uint32_t first_unit = registers::uniform(piece.first_unit), last_unit = registers::uniform(piece.last_unit);
 #pragma unroll 1
-        for (uint32_t group = piece.first_unit; group < piece.last_unit; ++group) {
+        for (uint32_t group = first_unit; group < last_unit; ++group) {
             const uint32_t first_column = group * kGroupColumns + warpgroup * kTileRows;
             if (first_column >= kHiddenSize) {  // the last group may be half
 #pragma unroll 1
@@ -312,6 +430,7 @@ struct Math {
                 else
                     add_bf16x8(address, values);
             }
+            __syncwarp();  // where lanes may have parted, see registers::uniform()
         }
     }
 

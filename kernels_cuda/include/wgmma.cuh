@@ -1,4 +1,4 @@
-// Warpgroup matrix products: D[64 x N] = A[64 x 32] * B[N x 32]^T in e4m3 with fp32 accumulators, N = 8..128.
+// Warpgroup matrix products: D[64 x N] = A[64 x 32] * B[N x 32]^T in e4m3 with fp32 accumulators, N = 8..136.
 // A and B lie K-major in shared memory under the 128-byte swizzle. Called by all 128 threads of a warpgroup.
 //
 // Accumulators of thread (warp w, lane l): d[4j + 2h + b] is row 16w + l/4 + 8h, column 8j + 2(l%4) + b.
@@ -37,7 +37,7 @@ __device__ __forceinline__ void pin(float (&d)[kCount]) {
 }
 
 template <int kN>
-struct Product;  // zero(d, a, b): d = a b^T;  add(d, a, b): d += a b^T
+struct Product;  // zero(d, a, b) and anew(d, a, b): d = a b^T, anew() in the registers that d has;  add(d, a, b): d += a b^T
 
 // Register lists of N/2 accumulators, each list the previous one and four more.
 #define MOE_REGISTERS_8 "%0, %1, %2, %3"
@@ -56,6 +56,7 @@ struct Product;  // zero(d, a, b): d = a b^T;  add(d, a, b): d += a b^T
 #define MOE_REGISTERS_112 MOE_REGISTERS_104 ", %52, %53, %54, %55"
 #define MOE_REGISTERS_120 MOE_REGISTERS_112 ", %56, %57, %58, %59"
 #define MOE_REGISTERS_128 MOE_REGISTERS_120 ", %60, %61, %62, %63"
+#define MOE_REGISTERS_136 MOE_REGISTERS_128 ", %64, %65, %66, %67"
 #define MOE_FOUR(c, d, i) c((d)[i]), c((d)[i + 1]), c((d)[i + 2]), c((d)[i + 3])
 #define MOE_OPERANDS_8(c, d) MOE_FOUR(c, d, 0)
 #define MOE_OPERANDS_16(c, d) MOE_OPERANDS_8(c, d), MOE_FOUR(c, d, 4)
@@ -73,6 +74,7 @@ struct Product;  // zero(d, a, b): d = a b^T;  add(d, a, b): d += a b^T
 #define MOE_OPERANDS_112(c, d) MOE_OPERANDS_104(c, d), MOE_FOUR(c, d, 52)
 #define MOE_OPERANDS_120(c, d) MOE_OPERANDS_112(c, d), MOE_FOUR(c, d, 56)
 #define MOE_OPERANDS_128(c, d) MOE_OPERANDS_120(c, d), MOE_FOUR(c, d, 60)
+#define MOE_OPERANDS_136(c, d) MOE_OPERANDS_128(c, d), MOE_FOUR(c, d, 64)
 
 // A and B are the numbers of the two operands after the accumulators.
 #define MOE_PRODUCT_ASM(N, A, B, ACCUMULATE)                                                    \
@@ -87,6 +89,9 @@ struct Product;  // zero(d, a, b): d = a b^T;  add(d, a, b): d += a b^T
     struct Product<N> {                                                                                            \
         static __device__ __forceinline__ void zero(float (&d)[N / 2], uint64_t a, uint64_t b) {                   \
             asm volatile(MOE_PRODUCT_ASM(N, A, B, 0) : MOE_OPERANDS_##N("=f", d) : "l"(a), "l"(b));                \
+        }                                                                                                          \
+        static __device__ __forceinline__ void anew(float (&d)[N / 2], uint64_t a, uint64_t b) {                   \
+            asm volatile(MOE_PRODUCT_ASM(N, A, B, 0) : MOE_OPERANDS_##N("+f", d) : "l"(a), "l"(b));                \
         }                                                                                                          \
         static __device__ __forceinline__ void add(float (&d)[N / 2], uint64_t a, uint64_t b) {                    \
             asm volatile(MOE_PRODUCT_ASM(N, A, B, 1) : MOE_OPERANDS_##N("+f", d) : "l"(a), "l"(b));                \
@@ -108,6 +113,7 @@ MOE_PRODUCT(104, 52, 53)
 MOE_PRODUCT(112, 56, 57)
 MOE_PRODUCT(120, 60, 61)
 MOE_PRODUCT(128, 64, 65)
+MOE_PRODUCT(136, 68, 69)
 
 #undef MOE_PRODUCT
 #undef MOE_PRODUCT_ASM
@@ -144,12 +150,18 @@ MOE_PRODUCT(128, 64, 65)
 #undef MOE_OPERANDS_120
 #undef MOE_REGISTERS_128
 #undef MOE_OPERANDS_128
+#undef MOE_REGISTERS_136
+#undef MOE_OPERANDS_136
 
-// d = A[64 x 128] * B[N x 128]^T as one committed group.
-template <int kN>
+// d = A[64 x 128] * B[N x 128]^T as one committed group. With kAnew, once d has been written, in the same registers: the
+// compiler may otherwise give it others, to start while the last product is still read.
+template <int kN, bool kAnew = false>
 __device__ __forceinline__ void multiply_k128(float (&d)[kN / 2], uint64_t a, uint64_t b) {
     fence();
-    Product<kN>::zero(d, a, b);
+    if constexpr (kAnew)
+        Product<kN>::anew(d, a, b);
+    else
+        Product<kN>::zero(d, a, b);
 #pragma unroll
     for (int step = 1; step < 4; ++step) Product<kN>::add(d, a + step * kStepK, b + step * kStepK);
     commit();

@@ -156,12 +156,15 @@ struct Product {
     static void zero(float (&d)[kN / 2], uint64_t a, uint64_t b, EMULATED_WHERE) {
         emulation::issue_product<kN>(d, a, b, false, where);
     }
+    static void anew(float (&d)[kN / 2], uint64_t a, uint64_t b, EMULATED_WHERE) {
+        emulation::issue_product<kN>(d, a, b, false, where);
+    }
     static void add(float (&d)[kN / 2], uint64_t a, uint64_t b, EMULATED_WHERE) {
         emulation::issue_product<kN>(d, a, b, true, where);
     }
 };
 
-template <int kN>
+template <int kN, bool kAnew = false>
 inline void multiply_k128(float (&d)[kN / 2], uint64_t a, uint64_t b, EMULATED_WHERE) {
     fence();
     Product<kN>::zero(d, a, b, where);
