@@ -1,4 +1,4 @@
-"""The README's tables from h200_traces.jsonl.gz beside this file: the benches of `workbench compare`, uniform routing."""
+"""The README's tables from h200_traces.jsonl.gz beside this file: what `workbench compare` benched, uniform routing."""
 
 from __future__ import annotations
 

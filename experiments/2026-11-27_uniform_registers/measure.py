@@ -3,12 +3,11 @@
     PYTHONPATH=<checkout> python experiments/2026-11-27_uniform_registers/measure.py times
     PYTHONPATH=<checkout> python experiments/2026-11-27_uniform_registers/measure.py errors
 
-times   us of the fastest of the first three configs (of sm90_stream: the default), kernel scope, cold L2, four batches, and
-        the largest error of the configs
-errors  of sm90_stream, over 20 batches up to M=8 and 5 from there: the largest and the mean, and the time of the default
+times   us of the fastest of the first three configs (of sm90_stream: the default), kernel scope, cold L2, four
+        batches, and the largest error of the configs
+errors  of sm90_stream, over 20 batches up to M=8 and 5 from there: the largest and the mean, and the time of the
+        default
 """
-
-# ruff: noqa: B023  (what is captured is timed before the loop goes on)
 
 from __future__ import annotations
 
