@@ -1,17 +1,16 @@
 """Two side measurements by the method that peers.json was made with: what the method changes, and where the prologue's
 time goes. side_measurements.txt holds the output of the runs behind README.md.
 
-    python experiments/2026-11-23_first_comparison/side_measurements.py fused|prologue
+    PYTHONPATH=. python experiments/2026-11-23_first_comparison/side_measurements.py fused|prologue
 """
 
 from __future__ import annotations
 
-import statistics
 import sys
-from collections.abc import Callable
 
 import torch
 
+from experiments.cold_l2 import graph_difference
 from kernels_cuda import sm90_prologue
 from kernels_cuda.sm90_fused import SM90Fused, most_stages
 from workbench.generate import make_inputs, make_weights
@@ -20,39 +19,8 @@ from workbench.problem import MoEShape, Workload
 from workbench.variant import Config
 
 DEVICE = torch.device("cuda", 0)
-CALLS = 8
-SAMPLES = 10
 FUSED_CELLS = [(1, 8, 8), (8, 8, 2), (64, 8, 2), (256, 32, 1), (1024, 48, 2), (8192, 128, 1)]
 """M, block_m, cluster_size"""
-
-
-def graph_difference(call: Callable[[int], object]) -> float:
-    """Microseconds per call: a graph of flushes and calls less a graph of flushes, each waited for."""
-    memory = torch.zeros(96 << 20, dtype=torch.int32, device=DEVICE)
-
-    def captured(body: Callable[[int], object]) -> torch.cuda.CUDAGraph:
-        body(0)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for i in range(CALLS):
-                body(i)
-        graph.replay()
-        return graph
-
-    with_calls = captured(lambda i: (memory.sum(), call(i)))
-    without = captured(lambda i: memory.sum())
-    samples = []
-    for _ in range(SAMPLES):
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-        marks[0].record()
-        with_calls.replay()
-        marks[1].record()
-        without.replay()
-        marks[2].record()
-        marks[2].synchronize()
-        samples.append(marks[0].elapsed_time(marks[1]) - marks[1].elapsed_time(marks[2]))
-    return statistics.median(samples) * 1e3 / CALLS
 
 
 def fused() -> None:

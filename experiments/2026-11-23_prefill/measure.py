@@ -1,6 +1,7 @@
 """Checks and times cuda.sm90_prefill on a GPU:
 
-    python experiments/2026-11-23_prefill/measure.py [check] [time[=alias,alias:M,M]] [det] [layer] [--compile]
+    PYTHONPATH=. python experiments/2026-11-23_prefill/measure.py \\
+        [check] [time[=alias,alias:M,M]] [det] [layer] [--compile]
 
 check   against the reference on small shapes
 time    up, down and total by graph difference, cold L2, for each config (the default: check and time)
@@ -11,12 +12,12 @@ layer   from bf16 tokens and top-k ids
 # ruff: noqa: B023  (what is captured is timed before the loop goes on)
 
 import dataclasses
-import statistics
 import sys
 import time
 
 import torch
 
+from experiments.cold_l2 import graph_difference
 from kernels_cuda import sm90_prefill as sp
 from workbench.models import shape_of_alias
 from workbench.problem import MoEShape, RoutingLaw, Workload
@@ -28,7 +29,6 @@ SHAPES = (
     MoEShape(16, 640, 512, 4),
     MoEShape(8, 1152, 2048, 2),
 )
-CALLS, SAMPLES = 8, 10
 PEERS = {
     "dsv3_tp16": {1024: 271, 2048: 364, 4096: 592, 8192: 1053},
     "dsv3_tp8": {1024: 502, 2048: 620, 4096: 1007, 8192: 1801},
@@ -108,33 +108,6 @@ def check(device, laws=("uniform", "zipf:1.2", "one-expert"), tokens=(1, 3, 9, 1
         print(shape, {str(k): round(v, 4) for k, v in worst.items()}, f"{time.time() - start:.0f} s", flush=True)
     print("check:", "FAILED" if bad else "ok", bad)
     return bad
-
-
-def graph_difference(call, device):
-    memory = torch.zeros(96 << 20, dtype=torch.int32, device=device)
-
-    def captured(body):
-        body(0)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for i in range(CALLS):
-                body(i)
-        graph.replay()
-        return graph
-
-    with_calls, without = captured(lambda i: (memory.sum(), call(i))), captured(lambda i: memory.sum())
-    samples = []
-    for _ in range(SAMPLES):
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-        marks[0].record()
-        with_calls.replay()
-        marks[1].record()
-        without.replay()
-        marks[2].record()
-        marks[2].synchronize()
-        samples.append(marks[0].elapsed_time(marks[1]) - marks[1].elapsed_time(marks[2]))
-    return statistics.median(samples) * 1e3 / CALLS
 
 
 def times(device, aliases, tokens, flags):

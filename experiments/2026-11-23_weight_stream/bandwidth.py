@@ -1,20 +1,19 @@
 """How fast the weights of a layer can be read, by the way of asking (bandwidth.cu).
 
-python experiments/2026-11-23_weight_stream/bandwidth.py    # on an H200, with nvcc
+PYTHONPATH=. python experiments/2026-11-23_weight_stream/bandwidth.py    # on an H200, with nvcc
 """
 
 from __future__ import annotations
 
-import statistics
 import subprocess
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import cupy
 import numpy as np
 import torch
 
+from experiments.cold_l2 import graph_difference
 from kernels_cuda import tma
 from workbench.models import shape_of_alias
 
@@ -22,35 +21,7 @@ HERE = Path(__file__).parent
 DEVICE = torch.device("cuda", 0)
 NUM_STAGES = 6
 STAGE_BYTES = 32768
-CALLS, SAMPLES = 8, 12
-
-
-def graph_difference(call: Callable[[], object]) -> float:
-    """Microseconds per call on a cold L2: a graph of flushes and calls less a graph of flushes."""
-    memory = torch.zeros(96 << 20, dtype=torch.int32, device=DEVICE)
-
-    def captured(body: Callable[[], object]) -> torch.cuda.CUDAGraph:
-        body()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(CALLS):
-                body()
-        graph.replay()
-        return graph
-
-    with_calls, without = captured(lambda: (memory.sum(), call())), captured(memory.sum)
-    samples = []
-    for _ in range(SAMPLES):
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-        marks[0].record()
-        with_calls.replay()
-        marks[1].record()
-        without.replay()
-        marks[2].record()
-        marks[2].synchronize()
-        samples.append(marks[0].elapsed_time(marks[1]) - marks[1].elapsed_time(marks[2]))
-    return statistics.median(samples) * 1e3 / CALLS
+SAMPLES = 12
 
 
 def kernel(folder: str, tensor_maps: int, piece_bytes: int) -> cupy.RawKernel:
@@ -86,11 +57,11 @@ def main() -> None:
                 times = {}
                 for name, function in ways.items():
 
-                    def call(function: cupy.RawKernel = function, argument: np.void = argument) -> None:
+                    def call(_: int, function: cupy.RawKernel = function, argument: np.void = argument) -> None:
                         with cupy.cuda.Stream.from_external(torch.cuda.current_stream()):
                             function((132,), (64,), (argument,), shared_mem=NUM_STAGES * STAGE_BYTES)
 
-                    times[name] = graph_difference(call)
+                    times[name] = graph_difference(call, samples=SAMPLES)
                 figures = ", ".join(f"{name} {us:.1f} us {num_bytes / us / 1e6:.2f} TB/s" for name, us in times.items())
                 print(f"{alias}, {num_experts} experts, {num_bytes >> 20} MB: {figures}", flush=True)
 

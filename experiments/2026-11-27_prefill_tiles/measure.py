@@ -1,6 +1,6 @@
 """Checks and times the heights of tiles and the widths of slabs of cuda.sm90_prefill on a GPU:
 
-    python experiments/2026-11-27_prefill_tiles/measure.py [--compile] [alias ...]
+    PYTHONPATH=. python experiments/2026-11-27_prefill_tiles/measure.py [--compile] [alias ...]
 
 For each real layer every height of tiles and width of slabs is checked against the reference under three routing laws,
 with choices dropped and without; then the up phase (with the launch before it) is timed for each height, and the down
@@ -11,16 +11,15 @@ compiles, in parallel, and needs no GPU.
 # ruff: noqa: B023  (what is captured is timed before the loop goes on)
 
 import concurrent.futures
-import statistics
 import sys
 
 import torch
 
+from experiments.cold_l2 import graph_difference
 from kernels_cuda import sm90_prefill as sp
 from workbench.models import shape_of_alias
 from workbench.problem import RoutingLaw, Workload
 
-CALLS, SAMPLES = 8, 10
 ALIASES = ("dsv3_tp16", "dsv3_tp8", "qwen3next_tp4")
 TOKENS = (512, 1024, 2048, 4096, 8192)
 HEIGHTS = (128, 192)
@@ -74,33 +73,6 @@ def check(shape, weights, prepared, variant, device):
                         if not error < 0.02:
                             print("BAD", shape, law, m, dropped, config, error, flush=True)
     return worst
-
-
-def graph_difference(call, device):
-    memory = torch.zeros(96 << 20, dtype=torch.int32, device=device)
-
-    def captured(body):
-        body(0)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for i in range(CALLS):
-                body(i)
-        graph.replay()
-        return graph
-
-    with_calls, without = captured(lambda i: (memory.sum(), call(i))), captured(lambda i: memory.sum())
-    samples = []
-    for _ in range(SAMPLES):
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-        marks[0].record()
-        with_calls.replay()
-        marks[1].record()
-        without.replay()
-        marks[2].record()
-        marks[2].synchronize()
-        samples.append(marks[0].elapsed_time(marks[1]) - marks[1].elapsed_time(marks[2]))
-    return statistics.median(samples) * 1e3 / CALLS
 
 
 class Skipped:

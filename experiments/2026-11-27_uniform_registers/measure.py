@@ -1,7 +1,7 @@
 """Times and errors of the CUDA kernels, of which those of two checkouts can be held against each other:
 
-    PYTHONPATH=<checkout> python experiments/2026-11-27_uniform_registers/measure.py times
-    PYTHONPATH=<checkout> python experiments/2026-11-27_uniform_registers/measure.py errors
+    PYTHONPATH=<checkout>:. python experiments/2026-11-27_uniform_registers/measure.py times
+    PYTHONPATH=<checkout>:. python experiments/2026-11-27_uniform_registers/measure.py errors
 
 times   us of the fastest of the first three configs (of sm90_stream: the default), kernel scope, cold L2, four
         batches, and the largest error of the configs
@@ -11,15 +11,15 @@ errors  of sm90_stream, over 20 batches up to M=8 and 5 from there: the largest 
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import torch
 
+from experiments.cold_l2 import graph_difference
 from workbench import registry
 from workbench.generate import make_inputs, make_weights
 from workbench.models import shape_of_alias
+from workbench.numerics import measure
 from workbench.precompile import Request, precompile
 from workbench.problem import Workload
 from workbench.verify import expected_output
@@ -33,13 +33,6 @@ TOKENS = {
 STREAM_TOKENS = (1, 2, 8, 32, 64, 128, 256, 512)
 DEVICE = torch.device("cuda", 0)
 
-_path = Path(__file__).parents[1] / "2026-11-27_prefill_tiles" / "measure.py"
-_spec = importlib.util.spec_from_file_location("prefill_tiles", _path)
-assert _spec is not None
-assert _spec.loader is not None
-tiles = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(tiles)
-
 
 def configs(name, shape, num_tokens):
     return list(registry.find(name).configs(shape, num_tokens))[: 1 if name == "cuda.sm90_stream" else 3]
@@ -52,12 +45,12 @@ def batch(shape, num_tokens, seed):
 def error(variant, prepared, weights, inputs, config, out):
     reference = expected_output(weights, inputs)
     variant.run(prepared, variant.align(prepared, inputs, config), out, config)
-    return tiles.relative(out, reference)
+    return measure(out, reference, variant.tolerance).rel_err
 
 
 def time_of(variant, prepared, batches, config, out):
     aligned = [variant.align(prepared, each, config) for each in batches]
-    return tiles.graph_difference(lambda i: variant.run(prepared, aligned[i % 4], out, config), DEVICE)
+    return graph_difference(lambda i: variant.run(prepared, aligned[i % 4], out, config), DEVICE)
 
 
 def times(alias, shape, weights):
