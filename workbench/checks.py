@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch._C._dynamo import guards
 
 from reference.quant import ActivationScales
 from workbench.errors import InputError
@@ -156,10 +155,10 @@ def alike(*tensors: torch.Tensor) -> Callable[..., bool]:
     tensor it ends the process: torch lets an exception through that Python cannot catch.
     """
     try:
-        compared: Callable[..., bool] = guards.TensorGuards(
-            *tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None
-        ).check
-    except (AttributeError, TypeError):  # a later torch without it: nothing is alike, and callers check everything
+        from torch._C._dynamo.guards import TensorGuards
+
+        compared: Callable[..., bool] = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    except (ImportError, TypeError):  # a later torch without it: nothing is alike, and callers check everything
         return lambda *others: False
     return compared
 
