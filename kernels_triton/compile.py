@@ -29,6 +29,12 @@ ARCHITECTURE = "sm_90a"
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
+def disassemble(cubin: Path) -> str:
+    """The machine code of a compiled kernel, as nvdisasm prints it."""
+    command = [str(BINARIES / "nvdisasm"), "-c", str(cubin)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 @dataclass(frozen=True)
 class CompiledLaunch:
     """One kernel as ptxas built it; sizes in bytes, per thread (registers, spills, stack) or per block (smem)."""
@@ -45,8 +51,7 @@ class CompiledLaunch:
         """The machine code, as nvdisasm prints it."""
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             Path(file.name).write_bytes(self.cubin)
-            command = [str(BINARIES / "nvdisasm"), "-c", file.name]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            return disassemble(Path(file.name))
 
 
 class _TargetOnly:

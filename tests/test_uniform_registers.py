@@ -8,16 +8,14 @@ product of wgmma takes two descriptors of two uniform registers each; where they
 from __future__ import annotations
 
 import re
-import subprocess
 
 import pytest
 
 from kernels_cuda import sm90_fused, sm90_prefill, sm90_stream
 from kernels_cuda.compile import Cubin
 from kernels_cuda.sm90 import NUM_SMS
-from kernels_cuda.sm90_prefill import SM90Prefill
 from kernels_cuda.sm90_stream import SM90Stream
-from kernels_triton.compile import BINARIES
+from kernels_triton.compile import disassemble
 from workbench.models import shape_of_alias
 from workbench.problem import MoEShape
 from workbench.variant import Config
@@ -26,14 +24,9 @@ MOST_MOVES_PER_PRODUCT = 2.5
 SHAPES = [shape_of_alias(alias) for alias in ("dsv3_tp16", "dsv3_tp8")]
 
 
-def machine_code(cubin: Cubin) -> str:
-    command = [str(BINARIES / "nvdisasm"), "-c", str(cubin.path)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
 def assert_uniform(cubin: Cubin, *, loaders: bool = True) -> None:
     """The products of the kernel, and with `loaders` what gathers for them."""
-    code = machine_code(cubin)
+    code = disassemble(cubin.path)
     moves, products = len(re.findall(r"\bR2UR\b", code)), len(re.findall(r"\bQGMMA\.", code))
     assert products > 0
     assert moves <= MOST_MOVES_PER_PRODUCT * products, f"{moves} moves for {products} products"
@@ -41,26 +34,19 @@ def assert_uniform(cubin: Cubin, *, loaders: bool = True) -> None:
         assert re.findall(r"ARRIVES\.LDGSTSBAR[^\n]*\n[^\n]*BRA\.U\.ANY", code) == []
 
 
-def prefill_configs(shape: MoEShape) -> list[Config]:
-    configs = SM90Prefill().configs(shape, 4096)
-    return [
-        Config(max_rows=height, **sm90_prefill.downs(shape)[0]) for height in {c["max_rows"]: None for c in configs}
-    ]
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_phases_of_prefill(shape: MoEShape) -> None:
-    for config in prefill_configs(shape):
+    configs = [Config(max_rows=height, **sm90_prefill.downs(shape)[0]) for height in sm90_prefill.HEIGHTS]
+    for config in configs:
         assert_uniform(sm90_prefill._compile_up(shape, config, False)[0])
-    assert_uniform(sm90_prefill._compile_down(shape, prefill_configs(shape)[0], False)[0])
+    assert_uniform(sm90_prefill._compile_down(shape, configs[0], False)[0])
 
 
 @pytest.mark.parametrize("num_tokens", [512, 2048])
 def test_stream(num_tokens: int) -> None:
     config = next(iter(SM90Stream().configs(SHAPES[0], num_tokens)))
-    assert_uniform(
-        sm90_stream._compile(config, SHAPES[0], NUM_SMS, False)[0], loaders=False
-    )  # which idle most of the time
+    cubin = sm90_stream._compile(config, SHAPES[0], NUM_SMS, False)[0]
+    assert_uniform(cubin, loaders=False)  # which idle most of the time
 
 
 @pytest.mark.parametrize("block_m", [8, 64, 96])
