@@ -1,4 +1,5 @@
-"""The README's tables from h200_traces.jsonl.gz beside this file: what `workbench compare` benched, uniform routing."""
+"""The README's tables and figures from h200_traces.jsonl.gz beside this file: what `workbench compare` benched under
+uniform routing."""
 
 from __future__ import annotations
 
@@ -30,17 +31,23 @@ COLUMNS = (
 def main() -> None:
     peers = {(row["shape"], row["num_tokens"]): row["best_us"] for row in PEERS}
     times: dict[tuple[str, int], dict[str, float]] = {}
+    layers: dict[tuple[str, int], float] = {}
     floors: dict[tuple[str, int], float] = {}
     with gzip.open(HERE / "h200_traces.jsonl.gz", "rt") as lines:
         for record in map(json.loads, lines):
             key = record["key"]
-            if (record["job"], record["scope"], key["routing"]) != ("bench", "kernel", "uniform"):
+            if (record["job"], key["routing"]) != ("bench", "uniform"):
                 continue
             shape = SHAPES[key["shape"]["num_experts"], key["shape"]["intermediate_size"]]
             cell = shape, key["num_tokens"]
+            us = record["timing"]["median_us"]
+            if record["scope"] == "layer":
+                if key["variant"] in OURS:
+                    layers[cell] = min(layers.get(cell, math.inf), us)
+                continue
             floors[cell] = record["floor_us"]
             best = times.setdefault(cell, {})
-            best[key["variant"]] = min(best.get(key["variant"], math.inf), record["timing"]["median_us"])
+            best[key["variant"]] = min(best.get(key["variant"], math.inf), us)
     ratios = []
     for shape in SHAPES.values():
         print(f"\n**{shape}**\n\n| {' | '.join(COLUMNS)} |\n|{' ---: |' * len(COLUMNS)}")
@@ -50,6 +57,20 @@ def main() -> None:
             figures = " | ".join(f"{best[name]:.1f}" if name in best else "" for name in VARIANTS)
             print(f"| {num_tokens} | {floor:.1f} | {figures} | {ours / floor:.2f} | {peer:.1f} | {peer / ours:.2f} |")
             ratios.append(peer / ours)
+    beyond = {cell: (us - min(times[cell][name] for name in OURS), us) for cell, us in layers.items()}
+    for least, most in ((1, 64), (65, 1024), (1025, 8192)):
+        some = [each for (_, m), each in beyond.items() if least <= m <= most]
+        shares = [more / (us - more) for more, us in some]
+        us = f"{min(more for more, _ in some):.1f} to {max(more for more, _ in some):.1f} us"
+        print(f"\nlayer beyond kernel, {least} <= M <= {most}: {us}, {min(shares):.1%} to {max(shares):.1%}")
+    for form in ("stream", "prefill"):
+        cost = {
+            cell: best[f"cuda.sm90_{form}_deterministic"] / best[f"cuda.sm90_{form}"] - 1
+            for cell, best in times.items()
+        }
+        for least, most in ((1, 63), (64, 512), (1024, 8192)):
+            some = [each for (_, m), each in cost.items() if least <= m <= most]
+            print(f"\ndeterministic {form}, {least} <= M <= {most}: {min(some):.0%} to {max(some):.0%}")
     mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
     print(f"\n{len(ratios)} cells: geometric mean {mean:.3f}, least {min(ratios):.3f}")
 
