@@ -127,7 +127,7 @@ def test_a_miss_takes_the_first_supported_variant_and_logs_the_command_once(capl
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "expected"), [(255, "sm90_fused"), (256, "sm90_prefill"), (4096, "sm90_prefill")]
+    ("num_tokens", "expected"), [(127, "sm90_fused"), (128, "sm90_prefill"), (4096, "sm90_prefill")]
 )
 def test_a_miss_takes_the_kernels_for_many_rows_of_an_expert_and_never_one_that_copies_weights(
     num_tokens: int, expected: str
@@ -135,6 +135,12 @@ def test_a_miss_takes_the_kernels_for_many_rows_of_an_expert_and_never_one_that_
     everything = named(*map(variant, ("cuda.sm90_stream", "cuda.sm90_prefill")), FUSED, GROUPED, LOOP)
     choice = chosen([], num_tokens, everything)
     assert (choice.variant, choice.measured) == (f"cuda.{expected}", False)
+
+
+def test_a_miss_takes_one_that_copies_weights_where_all_that_can_run_do() -> None:
+    refusing = [variant(name, reason="I must be a multiple of 128") for name in (FUSED.name, GROUPED.name)]
+    everything = named(variant("cuda.sm90_stream"), *refusing, NEVER_MEASURED, LOOP)
+    assert {chosen([], num_tokens, everything).variant for num_tokens in (1, 4096)} == {"cuda.sm90_stream"}
 
 
 def test_measured_candidates_are_held_against_the_same_default_at_every_batch_size() -> None:

@@ -25,14 +25,15 @@ from workbench.variant import Config, Variant
 
 logger = logging.getLogger(__name__)
 
-FALLBACK_ORDER = ("cuda.sm90_fused", "triton.grouped", "torch.grouped", "torch.loop")
-"""What runs unmeasured, the first that can, and what measured candidates are held against. `cuda.sm90_stream` is not
-among them, though it is the fastest for few rows: it keeps a copy of the weights, for which a caller who has measured
-nothing may not have the memory, and weights written in place would not reach it."""
-FALLBACK_FOR_MANY_ROWS, MANY_ROWS = "cuda.sm90_prefill", 64
-"""Ahead of them, unmeasured, from so many tokens of an expert on. With 32, 32 and 40 of them on dsv3_tp16, dsv3_tp8 and
-qwen3next_tp4 it was 1.07, 1.14 and 0.87 times as fast as `cuda.sm90_fused`, with twice as many 1.16, 1.25 and 0.91
-times, with four times as many 1.37, 1.58 and 1.09 (experiments/2026-11-23_prefill, 2026-11-23_first_comparison)."""
+FALLBACK_ORDER = ("cuda.sm90_fused", "triton.grouped", "cuda.sm90_stream", "torch.grouped", "torch.loop")
+"""What runs unmeasured, the first that can, and what measured candidates are held against. `cuda.sm90_stream` is often
+the fastest, but keeps a copy of the weights, for which a caller who has measured nothing may not have the memory, and
+weights written in place would not reach it. So it comes behind what reads them where they lie, and before
+`torch.grouped`, whose copy is in bf16 and twice as large: it runs where I is no multiple of 128."""
+FALLBACK_FOR_MANY_ROWS, MANY_ROWS = "cuda.sm90_prefill", 32
+"""Ahead of them, unmeasured, from so many tokens of an expert on. On 39 layers and M from 1 to 16384 it was in the mean
+1.03 times as fast as `cuda.sm90_fused` with 16 to 24 of them, 1.06 times with 32 to 40 (17 of 23 times it was faster),
+1.15 times with 48 to 56, and 1.6 times with more than 128 (experiments/2026-11-27_compare, the shipped tables)."""
 
 
 class Verdict(StrEnum):
