@@ -30,7 +30,8 @@
 // 269 (0.99), M=256 320 (1.03); qwen3next_tp4 M=256 98 (1.10): experiments/2026-11-27_fused_tickets, with what holds it.
 //
 // With up to 16 rows gate and up are multiplied in f16 (mma.cuh), for the sake of the error: 0.0053 -> 0.0042 typical, and
-// 0.0090 -> 0.0051 at most over many batches, for a microsecond or two at M <= 2.
+// 0.0090 -> 0.0051 at most over many batches. It costs up to 1 % for M from 8 to 256 and nothing that the benches show at
+// M=1 and 2: experiments/2026-11-27_uniform_registers.
 //
 // Warps 0-7 (two warpgroups) multiply; warp 8 takes tickets and loads weights; warps 9-11 gather tokens and scales.
 //
