@@ -1,4 +1,4 @@
-"""Loading a cubin through CuPy and launching it on torch's current stream.
+"""Loading a cubin through CuPy and launching it.
 
 Kernels take one struct by value. CuPy's own launch has neither a run-time cluster size nor programmatic dependent
 launch, so the function handle goes to cuLaunchKernelEx.
@@ -10,6 +10,7 @@ import ctypes
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import cupy
 import torch
@@ -21,11 +22,6 @@ from workbench.errors import WorkbenchError
 
 class LaunchError(WorkbenchError):
     """The driver refused a launch."""
-
-
-def pointer(tensor: torch.Tensor | None) -> int:
-    """The device address of `tensor`, 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 class LaunchConfig(ctypes.Structure):
@@ -45,7 +41,6 @@ class LaunchConfig(ctypes.Structure):
     )
 
 
-_Arguments = ctypes.c_void_p * 1
 INVALID_CONTEXT = int(driver.CUresult.CUDA_ERROR_INVALID_CONTEXT)
 
 
@@ -66,23 +61,51 @@ class Kernel:
     owners: tuple[driver.CUlaunchConfig, ...] = field(repr=False)
     """Of the attributes that the configs point to."""
 
-    def launch(self, params: ctypes.Structure, num_ctas: int, *, overlap_previous: bool) -> None:
-        """Enqueue on torch's current stream.
+    def bind(self, params: ctypes.Structure, num_ctas: int, *, overlap_previous: bool) -> Launch:
+        """A launch of `num_ctas` CTAs with what is in `params` whenever it is enqueued.
 
         overlap_previous  may start before the kernel ahead of it in the stream has ended; the kernel must then execute
                           griddepcontrol.wait before it touches what that one writes
         """
-        # A copy for each launch: another thread may launch the same kernel meanwhile.
-        config = LaunchConfig.from_buffer_copy(self.overlapping_config if overlap_previous else self.config)
-        config.grid_x = num_ctas
-        config.stream = torch._C._cuda_getCurrentRawStream(self.device_index)
-        launch, arguments = _launcher(), _Arguments(ctypes.addressof(params))
-        result = launch(ctypes.byref(config), self.function, arguments, None)
+        return Launch(self, params, num_ctas, self.overlapping_config if overlap_previous else self.config)
+
+
+class Launch:
+    """A kernel with parameters and a grid, to be enqueued again and again.
+
+    Whoever holds it may change `params` between two calls of `enqueue`: the driver has copied them when a launch
+    returns. Two threads must not hold it at a time.
+    """
+
+    __slots__ = ("_addresses", "_arguments", "_config", "_driver_launch", "_kernel", "_stream", "params")
+
+    def __init__(self, kernel: Kernel, params: ctypes.Structure, num_ctas: int, config: LaunchConfig) -> None:
+        self.params: Any = params
+        """Of the kernel's own type, whose fields the caller knows."""
+        self._kernel = kernel
+        self._config = LaunchConfig.from_buffer_copy(config)
+        self._config.grid_x = num_ctas
+        self._stream = 0  # as in the config
+        self._arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+        self._addresses = ctypes.addressof(self._config), kernel.function, ctypes.addressof(self._arguments), None
+        self._driver_launch = _launcher()
+
+    def enqueue(self, stream: int) -> None:
+        """Enqueue on the stream of this handle. Raises LaunchError when the driver refuses."""
+        if stream != self._stream:
+            self._config.stream = self._stream = stream
+        result = self._driver_launch(*self._addresses)
         if result == INVALID_CONTEXT:  # of a thread that has done nothing on the GPU yet
-            _enter_context(self.device_index)
-            result = launch(ctypes.byref(config), self.function, arguments, None)
+            _enter_context(self._kernel.device_index)
+            result = self._driver_launch(*self._addresses)
         if result:
-            raise LaunchError(f"{self.name}: launch of {num_ctas} CTAs failed: {driver.CUresult(result)!r}")
+            launch = f"{self._kernel.name}: launch of {self._config.grid_x} CTAs"
+            raise LaunchError(f"{launch} failed: {driver.CUresult(result)!r}")
+
+
+def current_stream(device_index: int) -> int:
+    """The handle of torch's current stream on the device."""
+    return torch._C._cuda_getCurrentRawStream(device_index)
 
 
 @functools.cache

@@ -8,7 +8,8 @@ import functools
 import torch
 
 from kernels_cuda.compile import Cubin, compile_kernel
-from kernels_cuda.launch import Kernel, load, pointer
+from kernels_cuda.launch import Kernel, Launch, load
+from workbench.problem import MoEShape
 
 KERNEL = "sm90_combine"
 NUM_THREADS = 256
@@ -42,18 +43,15 @@ def warm(device: torch.device) -> None:
     _kernel(device)
 
 
-def launch(contributions: torch.Tensor, topk_ids: torch.Tensor, num_experts: int, out: torch.Tensor) -> None:
-    """Write `out` bf16 [M, H], 8 dividing H, on the current stream: the sum of the rows of `contributions` bf16
-    [M * top_k, H] that `topk_ids` int32 [M, top_k] has an expert for, in fp32 and slot by slot. M > 0."""
-    num_tokens, hidden_size = out.shape
-    vectors_per_row = hidden_size // COLUMNS
+def bind(device: torch.device, num_tokens: int, shape: MoEShape) -> Launch:
+    """A launch that writes `out` bf16 [M, H], 8 dividing H: the sum of the rows of `contributions` bf16
+    [M * top_k, H] that `topk_ids` int32 [M, top_k] has an expert for, in fp32 and slot by slot. M > 0. The caller fills
+    in the addresses of the three."""
+    vectors_per_row = shape.hidden_size // COLUMNS
     params = _Params(
-        contributions=pointer(contributions),
-        topk_ids=pointer(topk_ids),
-        out=pointer(out),
         num_vectors=num_tokens * vectors_per_row,
         vectors_per_row=vectors_per_row,
-        top_k=topk_ids.shape[1],
-        num_experts=num_experts,
+        top_k=shape.top_k,
+        num_experts=shape.num_experts,
     )
-    _kernel(out.device).launch(params, -(-params.num_vectors // NUM_THREADS), overlap_previous=True)
+    return _kernel(device).bind(params, -(-params.num_vectors // NUM_THREADS), overlap_previous=True)

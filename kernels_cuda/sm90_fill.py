@@ -8,7 +8,7 @@ import functools
 import torch
 
 from kernels_cuda.compile import Cubin, compile_kernel
-from kernels_cuda.launch import Kernel, load, pointer
+from kernels_cuda.launch import Kernel, Launch, load
 
 KERNEL = "sm90_fill"
 NUM_THREADS = 512
@@ -40,11 +40,10 @@ def warm(device: torch.device) -> None:
     _kernel(device)
 
 
-def launch(*, zeros: torch.Tensor, ones: torch.Tensor | None = None) -> None:
-    """Clear every bit of `zeros` and set every bit of `ones`, in one launch on the current stream. Both contiguous and
-    a multiple of 16 bytes."""
-    kernel = _kernel(zeros.device)
-    num_zeros = zeros.nbytes // VECTOR_BYTES
-    num_ones = 0 if ones is None else ones.nbytes // VECTOR_BYTES
-    num_ctas = min(-(-max(num_zeros, num_ones) // NUM_THREADS), kernel.max_clusters // CTAS_PER_SM)
-    kernel.launch(_Params(pointer(zeros), pointer(ones), num_zeros, num_ones), num_ctas, overlap_previous=False)
+def bind(device: torch.device, *, num_zero_bytes: int, num_one_bytes: int = 0) -> Launch:
+    """A launch that clears every bit of `zeros` and sets every bit of `ones`, memory of so many bytes, multiples of 16,
+    whose addresses the caller fills in."""
+    kernel = _kernel(device)
+    params = _Params(num_zeros=num_zero_bytes // VECTOR_BYTES, num_ones=num_one_bytes // VECTOR_BYTES)
+    num_ctas = min(-(-max(params.num_zeros, params.num_ones) // NUM_THREADS), kernel.max_clusters // CTAS_PER_SM)
+    return kernel.bind(params, num_ctas, overlap_previous=False)

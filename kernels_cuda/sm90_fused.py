@@ -11,15 +11,16 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
-from kernels_cuda import activation_form, sm90, sm90_prologue, tma
+from kernels_cuda import activation_form, sm90, sm90_prologue, tma, workspace
 from kernels_cuda import compile as cuda_compile
 from kernels_cuda.activation_form import ActivationForm
+from kernels_cuda.calls import Call, ReadyCalls
 from kernels_cuda.compile import Cubin, compile_kernel
-from kernels_cuda.launch import Kernel, load, pointer
+from kernels_cuda.launch import Kernel, Launch, load
 from kernels_cuda.sm90 import NUM_SMS, SMEM_BYTES
 from reference.quant import GROUP_SIZE
 from reference.routing import AlignedRouting
@@ -32,6 +33,8 @@ WEIGHT_TILE_BYTES = 2 * 128 * 128
 MAX_STAGES = 6
 BLOCKS = (8, 16, 24, 32, 48, 64, 96, 128)
 CLUSTERS = (1, 2, 4, 8)
+Given = Literal["tokens", "quantised", "aligned"]
+"""What of a batch is there: bf16 tokens and routing, quantised tokens and routing, or quantised tokens and blocks."""
 
 
 class _Params(ctypes.Structure):
@@ -93,6 +96,7 @@ class Prepared:
     weights: MoEWeights
     params: _Params
     kernels: dict[Config, Kernel] = field(default_factory=dict)
+    calls: ReadyCalls = field(default_factory=ReadyCalls)
 
     def kernel(self, config: Config) -> Kernel:
         """The kernel of `config`, compiled and loaded on first use, which must come before a graph is captured."""
@@ -194,8 +198,8 @@ class SM90Fused(Variant):
         params = _Params(
             w13=(ctypes.c_uint8 * len(w13)).from_buffer_copy(w13),
             w2=(ctypes.c_uint8 * len(w2)).from_buffer_copy(w2),
-            w13_scale=pointer(weights.w13_scale),
-            w2_scale=pointer(weights.w2_scale),
+            w13_scale=weights.w13_scale.data_ptr(),
+            w2_scale=weights.w2_scale.data_ptr(),
             form=activation_form.activation_form(shape),
             hidden_size=hidden,
             intermediate_size=intermediate,
@@ -215,20 +219,27 @@ class SM90Fused(Variant):
         return dataclasses.replace(inputs.quantise(), aligned=aligned)
 
     def run(self, prepared: Prepared, inputs: MoEInputs, out: torch.Tensor, config: Config) -> None:
-        if inputs.num_tokens == 0:
+        num_tokens = inputs.num_tokens
+        if num_tokens == 0:
             return
-        block_m = config.integer("block_m")
-        aligned = inputs.aligned
-        if isinstance(aligned, AlignedRouting) and aligned.block_size == block_m and inputs.x_q is not None:
-            x_q, x_scale = inputs.x_q, inputs.x_scale
-            sm90_prologue.launch(out=out)
-            inputs_from_previous_kernel = False
+        x_q, x_scale, aligned = inputs.x_q, inputs.x_scale, inputs.aligned
+        given: Given = "tokens" if x_q is None else "quantised"
+        if x_q is not None and isinstance(aligned, AlignedRouting) and aligned.block_size == config.integer("block_m"):
+            given = "aligned"
+        key = num_tokens, given, config
+        call = prepared.calls.take(key) or _make_call(prepared, key)
+        first, fused = call.params
+        if isinstance(aligned, AlignedRouting) and given == "aligned":
+            _write_routing(fused, aligned)
         else:
-            x_q, x_scale, aligned = self._prologue(prepared, inputs, out, block_m)
-            inputs_from_previous_kernel = True
-        params = _batch_params(prepared, x_q, x_scale, aligned, inputs.topk_weights, inputs.routed_scaling_factor, out)
-        params.inputs_from_previous_kernel = inputs_from_previous_kernel
-        _launch(prepared.kernel(config), params, aligned, overlap_previous=True)
+            first.topk_ids = inputs.topk_ids.data_ptr()
+        if x_q is not None and x_scale is not None:
+            fused.x_q, fused.x_scale = x_q.data_ptr(), x_scale.data_ptr()
+        else:
+            first.x = inputs.tokens.data_ptr()
+        fused.topk_weights, fused.routed_scaling_factor = inputs.topk_weights.data_ptr(), inputs.routed_scaling_factor
+        first.out = fused.out = out.data_ptr()
+        call.enqueue()
 
     def run_aligned(
         self,
@@ -243,8 +254,18 @@ class SM90Fused(Variant):
     ) -> None:
         """Add to `out` what the layer makes of routing aligned by someone else, for M > 0, with `prepared` from either
         preparation. Of `aligned` only what is in use is read; choices of M * top_k and above are padding."""
-        params = _batch_params(prepared, x_q, x_scale, aligned, topk_weights, routed_scaling_factor, out)
-        _launch(prepared.kernel(config), params, aligned, overlap_previous=False)  # that kernel may be anyone's
+        (num_tokens, top_k), num_blocks = topk_weights.shape, aligned.expert_ids.numel()
+        key = num_tokens, top_k, num_blocks, config
+        call = prepared.calls.take(key)
+        if call is None:  # alone: the kernel ahead of it in the stream may be anyone's
+            fused = _bind(prepared, config, num_tokens, top_k, num_blocks, overlap_previous=False)
+            call = prepared.calls.make(key, out.device, workspace.layout({}, {}), [(fused, {})])
+        (params,) = call.params
+        _write_routing(params, aligned)
+        params.x_q, params.x_scale = x_q.data_ptr(), x_scale.data_ptr()
+        params.topk_weights, params.routed_scaling_factor = topk_weights.data_ptr(), routed_scaling_factor
+        params.out = out.data_ptr()
+        call.enqueue()
 
     def align_choices(self, topk_ids: torch.Tensor, block_m: int, num_experts: int) -> AlignedRouting:
         """As reference.routing.align_block_size, for M > 0; the order of an expert's choices is not fixed."""
@@ -258,30 +279,8 @@ class SM90Fused(Variant):
         sm90_prologue.launch(x=x, quantised=quantised)
         return quantised
 
-    def _prologue(
-        self, prepared: Prepared, inputs: MoEInputs, out: torch.Tensor, block_m: int
-    ) -> tuple[torch.Tensor, torch.Tensor, AlignedRouting]:
-        """One launch for whatever is missing: zero `out`, quantise x, align the routing."""
-        shape = prepared.weights.shape
-        aligned = sm90_prologue.empty_alignment(inputs.topk_ids.numel(), shape.num_experts, block_m, out.device)
-        if inputs.x_q is not None and inputs.x_scale is not None:
-            x, x_q, x_scale = None, inputs.x_q, inputs.x_scale
-        else:
-            x = inputs.tokens
-            x_q, x_scale = sm90_prologue.empty_quantised(x)
-        sm90_prologue.launch(
-            out=out,
-            x=x,
-            quantised=(x_q, x_scale),
-            topk_ids=inputs.topk_ids,
-            num_experts=shape.num_experts,
-            aligned=aligned,
-            power_of_two_scales=activation_form.power_of_two_scales(shape),
-        )
-        return x_q, x_scale, aligned
-
     def sources(self) -> tuple[Path, ...]:
-        modules = ("sm90_fused", sm90_prologue.KERNEL, "activation_form", "tma")
+        modules = ("sm90_fused", sm90_prologue.KERNEL, "activation_form", "calls", "tma", "workspace")
         return cuda_compile.variant_sources(modules, (KERNEL, sm90_prologue.KERNEL))
 
     def compile(self, shape: MoEShape, configs: Iterable[Config]) -> list[CompileReport]:
@@ -292,31 +291,48 @@ class SM90Fused(Variant):
         return reports
 
 
-def _batch_params(
-    prepared: Prepared,
-    x_q: torch.Tensor | None,
-    x_scale: torch.Tensor | None,
-    aligned: AlignedRouting,
-    topk_weights: torch.Tensor,
-    routed_scaling_factor: float,
-    out: torch.Tensor,
-) -> _Params:
+def _make_call(prepared: Prepared, key: tuple[int, Given, Config]) -> Call:
+    """The launches of a call: one for what is missing and to clear `out`, and the layer."""
+    num_tokens, given, config = key
+    shape, device, block_m = prepared.weights.shape, prepared.weights.device, config.integer("block_m")
+    num_choices, num_values = num_tokens * shape.top_k, num_tokens * shape.hidden_size
+    blocks = sm90_prologue.block_parts(num_choices, shape.num_experts, block_m)
+    missing = {} if given == "aligned" else dict(blocks)
+    if given == "tokens":
+        missing |= sm90_prologue.quantised_parts(num_tokens, shape.hidden_size)
+    first = sm90_prologue.bind(
+        device,
+        num_out_bytes=2 * num_values,
+        num_values=num_values if given == "tokens" else 0,
+        num_choices=0 if given == "aligned" else num_choices,
+        num_experts=shape.num_experts,
+        form="blocks",
+        max_rows=block_m,
+        power_of_two_scales=activation_form.power_of_two_scales(shape),
+    )
+    num_blocks = blocks["expert_ids"] // 4
+    fused = _bind(prepared, config, num_tokens, shape.top_k, num_blocks, overlap_previous=True)
+    fused.params.inputs_from_previous_kernel = given != "aligned"
+    parts = workspace.layout({}, missing)
+    return prepared.calls.make(key, device, parts, [(first, {"sorted_choices": "sorted_token_ids"}), (fused, {})])
+
+
+def _bind(
+    prepared: Prepared, config: Config, num_tokens: int, top_k: int, num_blocks: int, overlap_previous: bool
+) -> Launch:
+    """A launch of the kernel on so many tokens and choices in at most `num_blocks` blocks."""
     params = _Params.from_buffer_copy(prepared.params)
-    params.x_q, params.x_scale = pointer(x_q), pointer(x_scale)
-    params.sorted_token_ids = pointer(aligned.sorted_token_ids)
-    params.expert_ids = pointer(aligned.expert_ids)
-    params.num_tokens_post_padded = pointer(aligned.num_tokens_post_padded)
-    params.topk_weights = pointer(topk_weights)
-    params.out = pointer(out)
-    params.routed_scaling_factor = routed_scaling_factor
-    params.num_choices, params.top_k = topk_weights.numel(), topk_weights.shape[1]
-    return params
-
-
-def _launch(kernel: Kernel, params: _Params, aligned: AlignedRouting, overlap_previous: bool) -> None:
-    most_items = aligned.expert_ids.numel() * (params.intermediate_size // GROUP_SIZE)
+    params.num_choices, params.top_k = num_tokens * top_k, top_k
+    kernel = prepared.kernel(config)
+    most_items = num_blocks * (params.intermediate_size // GROUP_SIZE)
     num_ctas = min(kernel.max_clusters, most_items) * kernel.cluster_size
-    kernel.launch(params, num_ctas, overlap_previous=overlap_previous)
+    return kernel.bind(params, num_ctas, overlap_previous=overlap_previous)
+
+
+def _write_routing(params: _Params, aligned: AlignedRouting) -> None:
+    params.sorted_token_ids = aligned.sorted_token_ids.data_ptr()
+    params.expert_ids = aligned.expert_ids.data_ptr()
+    params.num_tokens_post_padded = aligned.num_tokens_post_padded.data_ptr()
 
 
 def expected_rows(shape: MoEShape, num_tokens: int) -> tuple[float, float]:

@@ -7,7 +7,6 @@ Weights stay in the layout they are served in: `prepare` only describes them to 
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +16,11 @@ import torch
 
 from kernels_cuda import activation_form, sm90, sm90_combine, sm90_fill, sm90_prologue, tiled_inputs, tma, workspace
 from kernels_cuda import compile as cuda_compile
+from kernels_cuda.calls import Call, ReadyCalls
 from kernels_cuda.compile import Cubin, compile_kernel
-from kernels_cuda.launch import Kernel, load, pointer
+from kernels_cuda.launch import Kernel, load
 from kernels_cuda.sm90 import SMEM_BYTES
+from kernels_cuda.workspace import FILLED
 from reference.quant import GROUP_SIZE
 from workbench.problem import MoEInputs, MoEShape, MoEWeights
 from workbench.variant import Backend, CompileReport, Config, Support, Variant, register
@@ -200,6 +201,7 @@ class Prepared:
     down_params: _DownParams | _DownWideParams
     deterministic: bool
     kernels: dict[Config, tuple[Kernel, Kernel]] = field(default_factory=dict)
+    calls: ReadyCalls = field(default_factory=ReadyCalls)
 
     def pair(self, config: Config) -> tuple[Kernel, Kernel]:
         """The kernels of `config`, compiled and loaded on first use, which must come before a graph is captured."""
@@ -217,19 +219,55 @@ class Prepared:
         return pair
 
 
-@functools.lru_cache(maxsize=1024)
-def handed_over(num_choices: int, shape: MoEShape, max_rows: int, num_clusters: int) -> workspace.Layout:
-    """What the kernels of one call hand each other, of which the filled parts are zero before the first."""
+def handed_over(
+    num_choices: int, shape: MoEShape, max_rows: int, num_clusters: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """What the kernels of one call hand each other: bytes of parts that are zero before the first, and of others."""
     num_chunks, h_rows = shape.intermediate_size // GROUP_SIZE, num_h_rows(num_choices, shape.num_experts)
     zeroed = {"ticket_counter": 16, "up_written": FLAG_BYTES, "down_written": FLAG_BYTES}
     others = {
         "part_sums": num_clusters * max_rows * 1024,
         "jobs": 16 * (1 + job_capacity(num_choices, shape.num_experts)),
         "h": h_rows * shape.intermediate_size,
-        "h_scale": -(-h_rows * num_chunks * 4 // 16) * 16,
-        "destination": -(-h_rows * 4 // 16) * 16,
+        "h_scale": h_rows * num_chunks * 4,
+        "destination": h_rows * 4,
     }
-    return workspace.layout(zeroed, others)
+    return zeroed, others
+
+
+def _make_call(prepared: Prepared, key: tuple[int, tiled_inputs.Given, Config]) -> Call:
+    """The launches of a call: for what is missing, of both products, and in the deterministic form of the sum of each
+    token's rows."""
+    num_tokens, given, config = key
+    shape, device, max_rows = prepared.weights.shape, prepared.weights.device, config.integer("max_rows")
+    up_kernel, down_kernel = prepared.pair(config)
+    num_clusters = min(up_kernel.max_clusters, MAX_CLUSTERS)
+    num_choices, num_out_bytes = num_tokens * shape.top_k, num_tokens * shape.hidden_size * 2
+    zeroed, others = handed_over(num_choices, shape, max_rows, num_clusters)
+    others |= tiled_inputs.missing_parts(given, shape, num_tokens, max_rows)
+    if prepared.deterministic:
+        others["contributions"] = shape.top_k * num_out_bytes
+    parts = workspace.layout(zeroed, others)
+    sizes = {"num_zero_bytes": parts.num_filled_bytes}
+    first = tiled_inputs.bind_first(given, shape, num_tokens, max_rows, device, **sizes)
+
+    up = _UpParams.from_buffer_copy(prepared.up_params)
+    down = type(prepared.down_params).from_buffer_copy(prepared.down_params)
+    up.num_h_rows = down.num_h_rows = num_h_rows(num_choices, shape.num_experts)
+    up.num_out_bytes = 0 if prepared.deterministic else num_out_bytes
+    num_down_ctas = down_kernel.max_clusters
+    if is_wide(shape):
+        num_down_ctas = min(down_kernel.max_clusters, num_clusters) * CLUSTER_SIZE
+    up_launch = up_kernel.bind(up, num_clusters * CLUSTER_SIZE, overlap_previous=True)
+    down_launch = down_kernel.bind(down, num_down_ctas, overlap_previous=True)
+    launches = [
+        (first, {"out": FILLED, "zeros": FILLED}),
+        (up_launch, {"part_written": "up_written"}),
+        (down_launch, {"part_written": "down_written", "out": "contributions"}),
+    ]
+    if prepared.deterministic:
+        launches.append((sm90_combine.bind(device, num_tokens, shape), {}))
+    return prepared.calls.make(key, device, parts, launches)
 
 
 @register
@@ -272,7 +310,7 @@ class SM90Prefill(Variant):
         w13 = tma.encode(weights.w13, (hidden, experts * 2 * intermediate), (hidden,), (128, 128))
         up_params = _UpParams(
             w13=(ctypes.c_uint8 * len(w13)).from_buffer_copy(w13),
-            w13_scale=pointer(weights.w13_scale),
+            w13_scale=weights.w13_scale.data_ptr(),
             form=activation_form.activation_form(shape),
             top_k=shape.top_k,
             num_experts=experts,
@@ -292,7 +330,7 @@ class SM90Prefill(Variant):
         strides = tuple(rows * intermediate for rows in row_strides)
         w2 = tma.encode(weights.w2, (intermediate, *counts), strides, (128, *box))
         down_params.w2 = (ctypes.c_uint8 * len(w2)).from_buffer_copy(w2)
-        down_params.w2_scale = pointer(weights.w2_scale)
+        down_params.w2_scale = weights.w2_scale.data_ptr()
         for helper in (sm90_prologue, sm90_fill, sm90_combine):
             helper.warm(weights.device)
         return Prepared(weights, up_params, down_params, self.deterministic)
@@ -301,45 +339,26 @@ class SM90Prefill(Variant):
         return tiled_inputs.align(inputs, prepared.weights.shape.num_experts, config.integer("max_rows"))
 
     def run(self, prepared: Prepared, inputs: MoEInputs, out: torch.Tensor, config: Config) -> None:
-        if inputs.num_tokens == 0:
+        num_tokens = inputs.num_tokens
+        if num_tokens == 0:
             return
-        shape, max_rows = prepared.weights.shape, config.integer("max_rows")
-        up_kernel, down_kernel = prepared.pair(config)
-        num_clusters = min(up_kernel.max_clusters, MAX_CLUSTERS)
-        num_choices = inputs.topk_ids.numel()
-        parts, zeroed = workspace.allocate(handed_over(num_choices, shape, max_rows, num_clusters), out.device)
-        up = _UpParams.from_buffer_copy(prepared.up_params)
-        ready = tiled_inputs.make_ready(inputs, shape, max_rows, zeros=zeroed)
-        target = out
-        if self.deterministic:
-            target = torch.empty(num_choices, shape.hidden_size, dtype=out.dtype, device=out.device)
+        given = tiled_inputs.given(inputs, config)
+        key = num_tokens, given, config
+        call = prepared.calls.take(key) or _make_call(prepared, key)
+        first, up, down, *combine = call.params
+        tiled_inputs.write_addresses(given, inputs, first, up)
+        if given == "tiled" and isinstance(down, _DownWideParams):
+            down.tiles = up.tiles
+        address = out.data_ptr()
+        if combine:
+            combine[0].topk_ids, combine[0].out = inputs.topk_ids.data_ptr(), address
         else:
-            up.out, up.num_out_bytes = pointer(out), out.nbytes
-        up.x_q, up.x_scale = pointer(ready.x_q), pointer(ready.x_scale)
-        up.sorted_choices, up.tiles = pointer(ready.routing.sorted_choices), pointer(ready.routing.tiles)
-        up.topk_weights, up.routed_scaling_factor = pointer(inputs.topk_weights), inputs.routed_scaling_factor
-        up.part_written = parts["up_written"]
-        down = type(prepared.down_params).from_buffer_copy(prepared.down_params)
-        down.out = pointer(target)
-        for params in (up, down):
-            params.num_h_rows = num_h_rows(num_choices, shape.num_experts)
-            params.h, params.h_scale, params.destination = parts["h"], parts["h_scale"], parts["destination"]
-        up.jobs, up.part_sums = parts["jobs"], parts["part_sums"]
-        if isinstance(down, _DownWideParams):
-            down.tiles, down.part_sums = up.tiles, up.part_sums
-            down.part_written = parts["down_written"]
-            num_down_ctas = min(down_kernel.max_clusters, num_clusters) * CLUSTER_SIZE
-        else:
-            down.jobs, down.ticket_counter = up.jobs, parts["ticket_counter"]
-            num_down_ctas = down_kernel.max_clusters
-        up_kernel.launch(up, num_clusters * CLUSTER_SIZE, overlap_previous=True)
-        down_kernel.launch(down, num_down_ctas, overlap_previous=True)
-        if self.deterministic:
-            sm90_combine.launch(target, inputs.topk_ids, shape.num_experts, out)
+            up.out = down.out = address
+        call.enqueue()
 
     def sources(self) -> tuple[Path, ...]:
         others = (sm90_prologue.KERNEL, sm90_fill.KERNEL, sm90_combine.KERNEL)
-        modules = ("sm90_prefill", *others, "activation_form", "tiled_inputs", "tma", "workspace")
+        modules = ("sm90_prefill", *others, "activation_form", "calls", "tiled_inputs", "tma", "workspace")
         return cuda_compile.variant_sources(modules, (UP, DOWN, DOWN_WIDE, *others))
 
     def compile(self, shape: MoEShape, configs: Iterable[Config]) -> list[CompileReport]:

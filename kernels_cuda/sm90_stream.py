@@ -7,7 +7,6 @@ small launch that routes, quantises, zeroes `out` and marks the exchange as unwr
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -19,10 +18,12 @@ import torch
 from kernels_cuda import activation_form, sm90, sm90_combine, sm90_fill, sm90_prologue, tiled_inputs, workspace
 from kernels_cuda import compile as cuda_compile
 from kernels_cuda.activation_form import ActivationForm
+from kernels_cuda.calls import Call, ReadyCalls
 from kernels_cuda.compile import Cubin, compile_kernel
-from kernels_cuda.launch import Kernel, load, pointer
+from kernels_cuda.launch import Kernel, load
 from kernels_cuda.sm90 import NUM_SMS, SMEM_BYTES
 from kernels_cuda.weight_tiles import tile_w2, tile_w13
+from kernels_cuda.workspace import FILLED
 from reference.quant import GROUP_SIZE
 from reference.routing import tile_capacity
 from workbench.problem import MoEInputs, MoEShape, MoEWeights, scale_blocks
@@ -117,6 +118,7 @@ class Prepared:
     num_ctas: int
     deterministic: bool
     kernels: dict[Config, Kernel] = field(default_factory=dict)
+    calls: ReadyCalls = field(default_factory=ReadyCalls)
 
     def kernel(self, config: Config) -> Kernel:
         """The kernel of `config`, compiled and loaded on first use, which must come before a graph is captured."""
@@ -165,10 +167,10 @@ class SM90Stream(Variant):
     def prepare(self, weights: MoEWeights) -> Prepared:
         w13, w2 = tile_w13(weights.w13), tile_w2(weights.w2)
         params = _Params(
-            w13=pointer(w13),
-            w2=pointer(w2),
-            w13_scale=pointer(weights.w13_scale),
-            w2_scale=pointer(weights.w2_scale),
+            w13=w13.data_ptr(),
+            w2=w2.data_ptr(),
+            w13_scale=weights.w13_scale.data_ptr(),
+            w2_scale=weights.w2_scale.data_ptr(),
             form=activation_form.activation_form(weights.shape),
             top_k=weights.shape.top_k,
         )
@@ -182,34 +184,28 @@ class SM90Stream(Variant):
         return tiled_inputs.align(inputs, prepared.weights.shape.num_experts, config.integer("max_rows"))
 
     def run(self, prepared: Prepared, inputs: MoEInputs, out: torch.Tensor, config: Config) -> None:
-        if inputs.num_tokens == 0:
+        num_tokens = inputs.num_tokens
+        if num_tokens == 0:
             return
-        shape, max_rows = prepared.weights.shape, config.integer("max_rows")
-        kernel = prepared.kernel(config)
-        num_chunks = scale_blocks(shape.intermediate_size)
-        parts = exchange(inputs.topk_ids.numel(), shape.num_experts, num_chunks, max_rows, config.integer("max_parts"))
-        addresses, marked = workspace.allocate(parts, out.device)
-        params = _Params.from_buffer_copy(prepared.params)
-        ready = tiled_inputs.make_ready(inputs, shape, max_rows, zeros=out, ones=marked)
-        params.x_q, params.x_scale = pointer(ready.x_q), pointer(ready.x_scale)
-        params.inputs_from_previous_kernel = ready.made_by_this_call
-        params.sorted_choices, params.tiles = pointer(ready.routing.sorted_choices), pointer(ready.routing.tiles)
-        params.topk_weights = pointer(inputs.topk_weights)
-        for name, address in addresses.items():
-            setattr(params, name, address)
-        target = out
-        if self.deterministic:
-            target = torch.empty(inputs.topk_ids.numel(), shape.hidden_size, dtype=out.dtype, device=out.device)
-        params.out = pointer(target)
-        params.routed_scaling_factor = inputs.routed_scaling_factor
-        params.tile_capacity = ready.routing.tiles.shape[0] - 1
-        kernel.launch(params, prepared.num_ctas, overlap_previous=True)
-        if self.deterministic:
-            sm90_combine.launch(target, inputs.topk_ids, shape.num_experts, out)
+        given = tiled_inputs.given(inputs, config)
+        key = num_tokens, given, config
+        call = prepared.calls.take(key) or _make_call(prepared, key)
+        first, stream, *combine = call.params
+        tiled_inputs.write_addresses(given, inputs, first, stream)
+        address = out.data_ptr()
+        if given == "tiled":
+            first.zeros = address
+        else:
+            first.out = address
+        if combine:
+            combine[0].topk_ids, combine[0].out = inputs.topk_ids.data_ptr(), address
+        else:
+            stream.out = address
+        call.enqueue()
 
     def sources(self) -> tuple[Path, ...]:
         others = (sm90_prologue.KERNEL, sm90_fill.KERNEL, sm90_combine.KERNEL)
-        modules = ("sm90_stream", *others, "activation_form", "tiled_inputs", "weight_tiles", "workspace")
+        modules = ("sm90_stream", *others, "activation_form", "calls", "tiled_inputs", "weight_tiles", "workspace")
         return cuda_compile.variant_sources(modules, (KERNEL, *others))
 
     def compile(self, shape: MoEShape, configs: Iterable[Config]) -> list[CompileReport]:
@@ -230,10 +226,35 @@ class SM90StreamDeterministic(SM90Stream):
     deterministic: ClassVar[bool] = True
 
 
-@functools.lru_cache(maxsize=4096)
-def exchange(num_choices: int, num_experts: int, num_chunks: int, max_rows: int, max_parts: int) -> workspace.Layout:
-    """What CTAs hand each other in one call, as sm90_stream.cu says, by the names of its parameters. The filled parts
-    hold ones in every bit before."""
+def _make_call(prepared: Prepared, key: tuple[int, tiled_inputs.Given, Config]) -> Call:
+    """The launches of a call: for what is missing, of the layer, and in the deterministic form of the sum of each
+    token's rows."""
+    num_tokens, given, config = key
+    shape, device, max_rows = prepared.weights.shape, prepared.weights.device, config.integer("max_rows")
+    num_choices, num_chunks = num_tokens * shape.top_k, scale_blocks(shape.intermediate_size)
+    num_out_bytes = num_tokens * shape.hidden_size * 2
+    marked, others = exchange(num_choices, shape.num_experts, num_chunks, max_rows, config.integer("max_parts"))
+    others |= tiled_inputs.missing_parts(given, shape, num_tokens, max_rows)
+    if prepared.deterministic:
+        others["contributions"] = shape.top_k * num_out_bytes
+    parts = workspace.layout(marked, others)
+    sizes = {"num_zero_bytes": num_out_bytes, "num_one_bytes": parts.num_filled_bytes}
+    first = tiled_inputs.bind_first(given, shape, num_tokens, max_rows, device, **sizes)
+    params = _Params.from_buffer_copy(prepared.params)
+    params.inputs_from_previous_kernel = given != "tiled"
+    params.tile_capacity = tile_capacity(num_choices, max_rows, shape.num_experts)
+    stream = prepared.kernel(config).bind(params, prepared.num_ctas, overlap_previous=True)
+    launches = [(first, {"poison": FILLED, "ones": FILLED}), (stream, {"out": "contributions"})]
+    if prepared.deterministic:
+        launches.append((sm90_combine.bind(device, num_tokens, shape), {}))
+    return prepared.calls.make(key, device, parts, launches)
+
+
+def exchange(
+    num_choices: int, num_experts: int, num_chunks: int, max_rows: int, max_parts: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """What CTAs hand each other in one call, as sm90_stream.cu says, by the names of its parameters: bytes of parts
+    whose every bit is set before, and of others."""
     flagged = max_parts == FLAGGED_PARTS
     num_jobs = tile_capacity(num_choices, max_rows, num_experts) * num_chunks
     sums = {"sums": num_choices * num_chunks * max_parts * SUMS_ROW_BYTES}
@@ -243,7 +264,7 @@ def exchange(num_choices: int, num_experts: int, num_chunks: int, max_rows: int,
         "activations": num_choices * num_chunks * GROUP_SIZE,
         "activation_scales": -(-num_choices * num_chunks * 4 // 16) * 16,
     }
-    return workspace.layout(marked, sums) if flagged else workspace.layout(marked | sums, {})
+    return (marked, sums) if flagged else (marked | sums, {})
 
 
 def max_rows_that_fit(shape: MoEShape) -> list[int]:

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 
 from kernels_cuda import activation_form, sm90_fill, sm90_prologue
+from kernels_cuda.launch import Launch
 from reference.routing import TiledRouting
 from workbench.problem import MoEInputs, MoEShape
+from workbench.variant import Config
 
-
-@dataclass(frozen=True)
-class TiledInputs:
-    """A batch that is ready."""
-
-    x_q: torch.Tensor
-    x_scale: torch.Tensor
-    routing: TiledRouting
-    made_by_this_call: bool
-    """Whether they are written by the launch just before in the stream, and not earlier."""
+Given = Literal["tokens", "quantised", "tiled"]
+"""What of a batch is there: bf16 tokens and routing, quantised tokens and routing, or quantised tokens and tiles."""
 
 
 def align(inputs: MoEInputs, num_experts: int, max_rows: int) -> MoEInputs:
-    """`inputs`, quantised, with tiles of at most `max_rows` rows: make_ready() then only fills."""
+    """`inputs`, quantised, with tiles of at most `max_rows` rows: what is "tiled"."""
     inputs = inputs.quantise()
     if inputs.num_tokens == 0:
         return inputs
@@ -33,30 +28,63 @@ def align(inputs: MoEInputs, num_experts: int, max_rows: int) -> MoEInputs:
     return dataclasses.replace(inputs, aligned=routing)
 
 
-def make_ready(
-    inputs: MoEInputs, shape: MoEShape, max_rows: int, *, zeros: torch.Tensor, ones: torch.Tensor | None = None
-) -> TiledInputs:
-    """One launch for what is missing: quantised tokens, tiles. It also clears every bit of `zeros` and sets every bit
-    of `ones`, each contiguous and a multiple of 16 bytes."""
-    routing, x_q, x_scale = inputs.aligned, inputs.x_q, inputs.x_scale
-    tiled = isinstance(routing, TiledRouting) and routing.max_rows == max_rows
-    if tiled and x_q is not None and x_scale is not None:
-        assert isinstance(routing, TiledRouting)
-        sm90_fill.launch(zeros=zeros, ones=ones)
-        return TiledInputs(x_q, x_scale, routing, made_by_this_call=False)
-    topk_ids, x = inputs.topk_ids, None
-    if x_q is None or x_scale is None:
-        x = inputs.tokens
-        x_q, x_scale = sm90_prologue.empty_quantised(x)
-    made = sm90_prologue.empty_tiles(topk_ids.numel(), shape.num_experts, max_rows, topk_ids.device)
-    sm90_prologue.launch(
-        out=zeros,
-        x=x,
-        quantised=(x_q, x_scale),
-        topk_ids=topk_ids,
+def given(inputs: MoEInputs, config: Config) -> Given:
+    """What a kernel on tiles of the config's height is given by `inputs`."""
+    if inputs.x_q is None:
+        return "tokens"
+    routing = inputs.aligned
+    if isinstance(routing, TiledRouting) and routing.max_rows == config.integer("max_rows"):
+        return "tiled"
+    return "quantised"
+
+
+def missing_parts(what: Given, shape: MoEShape, num_tokens: int, max_rows: int) -> Mapping[str, int]:
+    """Bytes of what the first launch has to make, by the names of kernels' parameters."""
+    if what == "tiled":
+        return {}
+    tiles = sm90_prologue.tile_parts(num_tokens * shape.top_k, shape.num_experts, max_rows)
+    return tiles if what == "quantised" else tiles | sm90_prologue.quantised_parts(num_tokens, shape.hidden_size)
+
+
+def bind_first(
+    what: Given,
+    shape: MoEShape,
+    num_tokens: int,
+    max_rows: int,
+    device: torch.device,
+    *,
+    num_zero_bytes: int,
+    num_one_bytes: int = 0,
+) -> Launch:
+    """The launch that makes the missing parts. It also clears and sets every bit of memory of so many bytes, multiples
+    of 16: sm90_fill's `zeros` and `ones` if nothing is missing, else sm90_prologue's `out` and `poison`."""
+    if what == "tiled":
+        return sm90_fill.bind(device, num_zero_bytes=num_zero_bytes, num_one_bytes=num_one_bytes)
+    return sm90_prologue.bind(
+        device,
+        num_out_bytes=num_zero_bytes,
+        num_values=num_tokens * shape.hidden_size if what == "tokens" else 0,
+        num_choices=num_tokens * shape.top_k,
         num_experts=shape.num_experts,
-        aligned=made,
-        poison=ones,
+        max_rows=max_rows,
+        num_poison_bytes=num_one_bytes,
         power_of_two_scales=activation_form.power_of_two_scales(shape),
     )
-    return TiledInputs(x_q, x_scale, made, made_by_this_call=True)
+
+
+def write_addresses(what: Given, inputs: MoEInputs, first: Any, kernel: Any) -> None:
+    """Write where `inputs` are into the parameters of the first launch and of the kernel that takes the tiles."""
+    if what == "tiled":
+        routing: Any = inputs.aligned
+        kernel.sorted_choices = routing.sorted_choices.data_ptr()
+        kernel.tiles = routing.tiles.data_ptr()
+    else:
+        first.topk_ids = inputs.topk_ids.data_ptr()
+    if what == "tokens":
+        first.x = inputs.tokens.data_ptr()
+    else:
+        x_q: Any = inputs.x_q
+        x_scale: Any = inputs.x_scale
+        kernel.x_q, kernel.x_scale = x_q.data_ptr(), x_scale.data_ptr()
+    kernel.topk_weights = inputs.topk_weights.data_ptr()
+    kernel.routed_scaling_factor = inputs.routed_scaling_factor

@@ -1,7 +1,7 @@
 """What the launches of one call hand each other: parts of one allocation of torch's.
 
-A kernel takes addresses. A call whose sizes are known from its last one therefore needs no tensor for each part: where
-the parts lie is worked out once (`layout`), and a call adds the offsets to where its memory is (`allocate`).
+A kernel takes addresses, and no tensor is needed for each part: where the parts lie is worked out once for calls of the
+same sizes (`layout`), and a call adds the offsets to where its memory is.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ from dataclasses import dataclass
 import torch
 
 PART_ALIGNMENT = 16
+LINE_BYTES = 128
+
+FILLED = "filled"
+"""The name of all filled parts together."""
 
 
 @dataclass(frozen=True)
@@ -21,23 +25,21 @@ class Layout:
 
     filled: Mapping[str, int]
     others: Mapping[str, int]
-    offsets: tuple[tuple[str, int], ...]
+    offsets: Mapping[str, int]
     num_filled_bytes: int
     num_bytes: int
 
 
 def layout(filled: Mapping[str, int], others: Mapping[str, int]) -> Layout:
-    """Where parts of so many bytes each, multiples of 16, lie."""
-    sizes = {**filled, **others}
-    assert all(size % PART_ALIGNMENT == 0 for size in sizes.values()), sizes
-    ends = list(itertools.accumulate(sizes.values(), initial=0))
-    offsets = tuple(zip(sizes, ends[:-1], strict=True))
-    return Layout(filled, others, offsets, ends[len(filled)], ends[-1])
+    """Where parts of so many bytes each lie: the filled ones, multiples of 16, behind each other, and each of the
+    others at the beginning of a cache line."""
+    assert all(size % PART_ALIGNMENT == 0 for size in filled.values()), filled
+    whole_lines = [-(-size // LINE_BYTES) * LINE_BYTES for size in (sum(filled.values()), *others.values())]
+    offsets = dict(zip(filled, itertools.accumulate(filled.values(), initial=0), strict=False))
+    offsets |= dict(zip(others, itertools.accumulate(whole_lines), strict=False))
+    return Layout(filled, others, {FILLED: 0, **offsets}, sum(filled.values()), sum(whole_lines))
 
 
-def allocate(parts: Layout, device: torch.device) -> tuple[dict[str, int], torch.Tensor]:
-    """The parts' addresses by name, and the filled ones as one tensor, uint8. All of them live as long as it does."""
-    whole = torch.empty(parts.num_bytes, dtype=torch.uint8, device=device)
-    start = whole.data_ptr()
-    addresses = {name: start + offset for name, offset in parts.offsets}
-    return addresses, whole if parts.num_filled_bytes == parts.num_bytes else whole[: parts.num_filled_bytes]
+def allocate(parts: Layout, device: torch.device) -> torch.Tensor:
+    """Memory for the parts, uint8."""
+    return torch.empty(parts.num_bytes, dtype=torch.uint8, device=device)

@@ -14,7 +14,6 @@ from emulation.emulator import Device, EmulationError, Grid, Kernel, Source, emu
 
 from kernels_cuda import compile as cuda_compile
 from kernels_cuda import sm90_prologue, weight_tiles
-from kernels_cuda.launch import pointer
 from kernels_cuda.sm90_fused import SM90Fused, most_stages
 from kernels_cuda.sm90_stream import SM90Stream, SM90StreamDeterministic
 from reference.layout import interleave
@@ -247,7 +246,7 @@ def ring(fault: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     rows_of_128 = torch.cat([a, a], dim=1).view(torch.uint8)  # a tile of weight_tiles.py is twice as high
     swizzled = weight_tiles.swizzled(rows_of_128)[:, :64].contiguous()
     total = torch.full((64, 8), torch.nan)
-    params = RingParams(pointer(swizzled), pointer(b), pointer(total), num_tiles)
+    params = RingParams(swizzled.data_ptr(), b.data_ptr(), total.data_ptr(), num_tiles)
     kernel = emulate(emulator.FOLDER / "ring.cu", {"FAULT": fault})
     kernel(params, Grid(num_ctas=1, num_threads=192, cluster_size=1, seed=seed))
     return total, torch.einsum("trk,ntk->rn", a[:num_tiles].float(), b.float())
@@ -303,7 +302,7 @@ class HandoverParams(ctypes.Structure):
 def handover(fault: int, seed: int) -> torch.Tensor:
     words, neighbour = torch.full((4,), -1, dtype=torch.int32), torch.zeros(4, 2)
     kernel = emulate(emulator.FOLDER / "handover.cu", {"FAULT": fault})
-    params = HandoverParams(pointer(words), pointer(neighbour))
+    params = HandoverParams(words.data_ptr(), neighbour.data_ptr())
     kernel(params, Grid(num_ctas=4, num_threads=64, cluster_size=2, seed=seed))
     return neighbour
 
@@ -341,6 +340,6 @@ def test_an_overlapping_kernel_is_ahead_of_the_one_before_until_it_waits(fault, 
     file, defines = emulator.FOLDER / "affine.cu", {"FAULT": fault}
     kernel = Kernel(gpu, Source(file, tuple(defines.items())), emulate(file, defines), 32, 1, 0, 2)
     for factor, addend in ((2, 0), (1, 3)):
-        kernel.launch(AffineParams(pointer(words), factor, addend), num_ctas=2, overlap_previous=True)
+        kernel.bind(AffineParams(words.data_ptr(), factor, addend), num_ctas=2, overlap_previous=True).enqueue(0)
     gpu.synchronize()
     assert words.tolist() == [expected] * 64

@@ -6,7 +6,6 @@ import ctypes
 from typing import Any
 
 import pytest
-import torch
 from cuda.bindings import driver
 
 from kernels_cuda import launch
@@ -29,17 +28,17 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What a driver that takes every launch would have read."""
     seen: list[dict[str, Any]] = []
 
-    def take(config_pointer: Any, function: int, arguments: Any, extra: None) -> int:
-        config = LaunchConfig.from_buffer_copy(ctypes.string_at(ctypes.addressof(config_pointer._obj), 56))
+    def take(config_address: int, function: int, arguments: int, extra: None) -> int:
+        config = LaunchConfig.from_buffer_copy(ctypes.string_at(config_address, 56))
         attributes = ctypes.string_at(config.attributes, ATTRIBUTE_BYTES * config.num_attributes)
         ids = [int.from_bytes(attributes[at : at + 4], "little") for at in range(0, len(attributes), ATTRIBUTE_BYTES)]
         values = {each: attributes[at * ATTRIBUTE_BYTES + 8 : at * ATTRIBUTE_BYTES + 20] for at, each in enumerate(ids)}
-        params = Params.from_buffer_copy(ctypes.string_at(arguments[0], ctypes.sizeof(Params)))
+        address = int.from_bytes(ctypes.string_at(arguments, 8), "little")
+        params = Params.from_buffer_copy(ctypes.string_at(address, ctypes.sizeof(Params)))
         seen.append({"config": config, "attributes": values, "function": function, "params": params})
         return 0
 
     monkeypatch.setattr(launch, "_launcher", lambda: take)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0x1000 + device, raising=False)
     return seen
 
 
@@ -62,7 +61,8 @@ def test_the_struct_is_the_bindings() -> None:
 def test_a_launch(
     launched: list[dict[str, Any]], cluster_size: int, all_resident: bool, overlap_previous: bool
 ) -> None:
-    kernel(cluster_size, all_resident).launch(Params(0x55, 7), 40, overlap_previous=overlap_previous)
+    bound = kernel(cluster_size, all_resident).bind(Params(0x55, 7), 40, overlap_previous=overlap_previous)
+    bound.enqueue(0x1003)
     (seen,) = launched
     config = seen["config"]
     assert (config.grid_x, config.grid_y, config.grid_z) == (40, 1, 1)
@@ -83,16 +83,29 @@ def test_a_launch(
 def test_a_launch_leaves_nothing_behind_for_the_next(launched: list[dict[str, Any]]) -> None:
     one = kernel(2)
     for num_ctas, overlap_previous in ((40, True), (2, False), (40, True)):
-        one.launch(Params(), num_ctas, overlap_previous=overlap_previous)
+        one.bind(Params(), num_ctas, overlap_previous=overlap_previous).enqueue(0)
     assert [(seen["config"].grid_x, seen["config"].num_attributes) for seen in launched] == [(40, 2), (2, 1), (40, 2)]
     assert one.config.grid_x == 2  # a cluster, as it was loaded
+
+
+def test_a_launch_is_made_again_with_what_is_in_its_parameters_by_then(launched: list[dict[str, Any]]) -> None:
+    bound = kernel(2).bind(Params(0x55, 7), 40, overlap_previous=True)
+    for tokens, stream in ((0x55, 0), (0x66, 0x1003), (0x77, 0)):
+        bound.params.tokens = tokens
+        bound.enqueue(stream)
+    assert [(seen["params"].tokens, seen["config"].stream) for seen in launched] == [
+        (0x55, 0),
+        (0x66, 0x1003),
+        (0x77, 0),
+    ]
+    assert {(seen["params"].num_tokens, seen["config"].grid_x) for seen in launched} == {(7, 40)}
 
 
 def test_a_refused_launch_says_which(launched: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_launcher", lambda: lambda *arguments: 1)
     message = r"^sm90_test: launch of 40 CTAs failed: <CUresult\.CUDA_ERROR_INVALID_VALUE: 1>"
     with pytest.raises(LaunchError, match=message):
-        kernel().launch(Params(), 40, overlap_previous=False)
+        kernel().bind(Params(), 40, overlap_previous=False).enqueue(0)
 
 
 def test_a_thread_that_is_new_to_the_gpu_enters_torchs_context(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,6 +113,5 @@ def test_a_thread_that_is_new_to_the_gpu_enters_torchs_context(monkeypatch: pyte
     invalid = int(driver.CUresult.CUDA_ERROR_INVALID_CONTEXT)
     monkeypatch.setattr(launch, "_launcher", lambda: lambda *arguments: 0 if entered else invalid)
     monkeypatch.setattr(launch, "_enter_context", entered.append)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
-    kernel().launch(Params(), 40, overlap_previous=False)
+    kernel().bind(Params(), 40, overlap_previous=False).enqueue(0)
     assert entered == [3]

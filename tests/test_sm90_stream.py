@@ -129,24 +129,24 @@ def test_a_machine_without_a_gpu_compiles_only():
 
 @pytest.mark.parametrize("max_parts", [FLAGGED_PARTS, 8])
 def test_the_exchange_has_room_for_every_part_and_is_whole_vectors(max_parts):
-    parts = exchange(num_choices=15, num_experts=8, num_chunks=2, max_rows=8, max_parts=max_parts)
-    sizes = {**parts.filled, **parts.others}
+    marked, others = exchange(num_choices=15, num_experts=8, num_chunks=2, max_rows=8, max_parts=max_parts)
+    sizes = {**marked, **others}
     assert sizes["sums"] == 15 * 2 * max_parts * 1024
     assert sizes["activations"] == 15 * 256
     assert sizes["activation_scales"] >= 15 * 2 * 4
     assert all(size % 16 == 0 for size in sizes.values())
     flagged = max_parts == FLAGGED_PARTS
     assert sizes["sums_written"] == (9 * 2 * FLAG_BYTES if flagged else 0)  # 9 tiles at most: 8 experts and a full one
-    assert list(parts.others) == (["sums"] if flagged else [])
+    assert list(others) == (["sums"] if flagged else [])
     assert set(sizes) <= {name for name, _ in _Params._fields_}
 
 
-def test_parts_of_a_workspace_lie_behind_each_other_the_filled_ones_first():
-    parts = workspace.layout({"a": 32, "none": 0, "b": 16}, {"c": 64})
-    addresses, filled = workspace.allocate(parts, torch.device("cpu"))
-    start = filled.data_ptr()
-    assert addresses == {"a": start, "none": start + 32, "b": start + 32, "c": start + 48}
-    assert (filled.nbytes, filled.untyped_storage().nbytes()) == (48, 112)
+def test_parts_of_a_workspace_lie_behind_each_other_the_filled_ones_first_and_the_others_on_lines_of_their_own():
+    parts = workspace.layout({"a": 32, "none": 0, "b": 16}, {"c": 132, "d": 4})
+    assert parts.offsets == {"filled": 0, "a": 0, "none": 32, "b": 32, "c": 128, "d": 384}
+    assert (parts.num_filled_bytes, parts.num_bytes) == (48, 512)
+    assert workspace.layout({}, {"c": 4}).offsets["c"] == 0
+    assert workspace.allocate(parts, torch.device("cpu")).nbytes == 512
 
 
 def test_too_little_shared_memory_does_not_compile(tmp_path, monkeypatch):

@@ -47,6 +47,7 @@ THREADS_PER_SM = 2048
 TENSOR_BOX_TAG = 0x5445_4E53_4F52_4D41
 GUARD_BYTES = 1 << 16
 GUARD_BYTE = 0xA5
+GUARD = "guard of "
 
 
 class EmulationError(Exception):
@@ -213,17 +214,16 @@ class Device:
             if (guard != GUARD_BYTE).any():
                 raise EmulationError(f"a kernel wrote over the end of {part}")
 
-    def allocate(self, parts: workspace.Layout, device: torch.device) -> tuple[dict[str, int], torch.Tensor]:
-        """As kernels_cuda.workspace.allocate, with a guard behind the filled parts and behind each other one."""
-        filled, others = parts.filled, parts.others
-        groups = {" or ".join(filled): sum(filled.values()), **others}
-        whole = _poisoned_empty(sum(groups.values()) + GUARD_BYTES * len(groups), dtype=torch.uint8, device=device)
-        pieces = whole.split([size for group in groups.values() for size in (group, GUARD_BYTES)])
-        for name, guard in zip(groups, pieces[1::2], strict=True):
-            self.guards.append((name, guard.fill_(GUARD_BYTE)))
-        tensors = dict(zip(filled, pieces[0].split(list(filled.values())), strict=True))
-        tensors |= dict(zip(others, pieces[2::2], strict=True))
-        return {name: self.pointer(tensor) for name, tensor in tensors.items()}, pieces[0]
+    def allocate(self, parts: workspace.Layout, device: torch.device) -> torch.Tensor:
+        """As kernels_cuda.workspace.allocate, for a layout of guarded_layout(): the guards begin where parts end."""
+        whole = _poisoned_empty(parts.num_bytes, dtype=torch.uint8, device=device)
+        part, end = " or ".join(parts.filled), parts.num_filled_bytes
+        for name, size in parts.others.items():
+            next_end = parts.offsets[name] + size
+            if name.startswith(GUARD):
+                self.guards.append((part, whole[end:next_end].fill_(GUARD_BYTE)))
+            part, end = name, next_end
+        return whole
 
     def _run(self, chain: Sequence[Callable[[object], None]], errors: list[EmulationError]) -> None:
         if not chain:
@@ -236,12 +236,18 @@ class Device:
         except EmulationError as error:
             errors.append(error)
 
-    def pointer(self, tensor: torch.Tensor | None) -> int:
-        """As kernels_cuda.launch.pointer; the tensor lives as long as this."""
-        if tensor is None:
-            return 0
+    def data_ptr(self, tensor: torch.Tensor) -> int:
+        """As torch.Tensor.data_ptr; the tensor lives as long as this."""
         self.alive.append(tensor)
-        return tensor.data_ptr()
+        return _torch_data_ptr(tensor)
+
+
+def guarded_layout(filled: Mapping[str, int], others: Mapping[str, int]) -> workspace.Layout:
+    """As kernels_cuda.workspace.layout, with a guard behind the filled parts and behind each other one."""
+    guarded = {f"{GUARD}{workspace.FILLED}": GUARD_BYTES}
+    for name, size in others.items():
+        guarded |= {name: size, f"{GUARD}{name}": GUARD_BYTES}
+    return _layout(filled, guarded)
 
 
 def _poisoned_empty(*size: object, **options: object) -> torch.Tensor:
@@ -259,7 +265,8 @@ def _poisoned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-_torch_empty, _torch_empty_like = torch.empty, torch.empty_like
+_torch_empty, _torch_empty_like, _torch_data_ptr = torch.empty, torch.empty_like, torch.Tensor.data_ptr
+_layout = workspace.layout
 
 
 @dataclass(frozen=True)
@@ -278,10 +285,23 @@ class Kernel:
     def name(self) -> str:
         return self.source.kernel
 
-    def launch(self, params: ctypes.Structure, num_ctas: int, *, overlap_previous: bool) -> None:
+    def bind(self, params: ctypes.Structure, num_ctas: int, *, overlap_previous: bool) -> Launch:
         assert num_ctas > 0
         assert num_ctas % self.cluster_size == 0
-        self.device.launch(self, params, num_ctas, overlap_previous)
+        return Launch(self, params, num_ctas, overlap_previous)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """In the place of kernels_cuda.launch.Launch."""
+
+    kernel: Kernel
+    params: ctypes.Structure
+    num_ctas: int
+    overlap_previous: bool
+
+    def enqueue(self, stream: int) -> None:
+        self.kernel.device.launch(self.kernel, self.params, self.num_ctas, self.overlap_previous)
 
 
 @contextlib.contextmanager
@@ -315,11 +335,14 @@ def emulated(num_sms: int = 6, seed: int = 0) -> Iterator[Device]:
     _forget_kernels(modules)
     with contextlib.ExitStack() as stack:
         for module in modules:
-            for name, replacement in (("compile_kernel", compile_kernel), ("load", load), ("pointer", gpu.pointer)):
+            for name, replacement in (("compile_kernel", compile_kernel), ("load", load)):
                 if hasattr(module, name):
                     stack.enter_context(patch.object(module, name, replacement))
         stack.enter_context(patch.object(tma, "encode", tensor_map))
+        stack.enter_context(patch.object(workspace, "layout", guarded_layout))
         stack.enter_context(patch.object(workspace, "allocate", gpu.allocate))
+        stack.enter_context(patch.object(torch.Tensor, "data_ptr", lambda tensor: gpu.data_ptr(tensor)))
+        stack.enter_context(patch.object(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, create=True))
         stack.enter_context(patch.object(torch, "empty", _poisoned_empty))
         stack.enter_context(patch.object(torch, "empty_like", _poisoned_empty_like))
         stack.enter_context(patch("torch.cuda.get_device_properties", lambda _: properties))
