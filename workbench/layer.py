@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import torch
+from torch.accelerator import current_device_index
 from torch.compiler import is_compiling
 
 from workbench import checks, registry, select, shipped
@@ -36,7 +37,7 @@ AUTO = "auto"
 ROUTING = "uniform"
 """The law whose measurements decide: a call does not know how its tokens will choose."""
 MAX_PASSED = 256
-"""Batches that a layer remembers as checked, a kilobyte for each; beyond that it begins anew."""
+"""Batches that are remembered as checked, a kilobyte for each; beyond that it begins anew."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ class Plan:
     variant: Variant
     prepared: Any
     config: Config
+
+
+PassedBatches = dict[tuple[torch.Size, bool, bool], tuple[Callable[..., bool], Plan]]
+"""By x.shape, whether x_scale is None, and whether out is None, of batches that passed the checks: are tensors like
+theirs, and what runs on them."""
 
 
 class MoELayer:
@@ -85,6 +91,7 @@ class MoELayer:
         self.weights = checks.weights(w13, w13_scale, w2, w2_scale, top_k, num_shared_experts, **form)
         shape = self.weights.shape
         self._device = self.weights.device
+        self._hidden_size, self._activation_scales = shape.hidden_size, shape.activation_scales
         self._on_gpu = self._device.type == "cuda"
         excluded = frozenset(exclude).union(settings().exclude) if variant == AUTO else frozenset()
         self._variants = _candidates(variant, shape, self._device, excluded)
@@ -95,8 +102,7 @@ class MoELayer:
         self._table = _without(_table_for(self._device, shape, table), excluded)
         self._prepared: dict[str, Any] = {}
         self._plans: dict[tuple[int, bool], Plan] = {}
-        self._passed: dict[tuple[torch.Size, bool, bool], Callable[..., bool]] = {}
-        """By x.shape, whether x is quantised, and whether out is None: are tensors like some that passed plainly?"""
+        self._passed: PassedBatches = {}
         self._check_values_always = settings().check_values
         self._values_unchecked = {False, True}
         self._number = next(_numbers)
@@ -138,10 +144,61 @@ class MoELayer:
                 x, topk_weights, topk_ids, x_scale, routed_scaling_factor, self._number
             )
             return made if out is None else out.copy_(made)
-        return self.enqueue(x, topk_weights, topk_ids, x_scale, routed_scaling_factor, out)
+        given = (self._passed, (), x, topk_weights, topk_ids, x_scale, routed_scaling_factor, out)
+        made = self.enqueue_alike(*given)
+        return self.enqueue(*given) if made is None else made
+
+    def enqueue_alike(
+        self,
+        passed: PassedBatches,
+        weights: tuple[torch.Tensor, ...],
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        x_scale: torch.Tensor | None,
+        routed_scaling_factor: float,
+        out: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """`__call__` for a batch like one of `passed`, which implies that all checks would pass; None for any other.
+
+        weights   are compared too; as many as when `enqueue` added to `passed`
+        """
+        try:
+            known = passed.get((x.shape, x_scale is None, out is None))
+            if known is None or topk_weights.is_nested or topk_ids.is_nested:  # checks.alike must not be asked of these
+                return None
+            given = (*weights, x, topk_weights, topk_ids)
+            if x_scale is not None:
+                if x_scale.is_nested:
+                    return None
+                given += (x_scale,)
+            if out is not None:
+                if out.is_nested or out.data_ptr() == x.data_ptr():
+                    return None
+                given += (out,)
+        except AttributeError:  # one is no tensor
+            return None
+        alike, plan = known
+        if not (
+            alike(*given)
+            and isinstance(routed_scaling_factor, (float, int))
+            and math.isfinite(routed_scaling_factor)
+            and (not self._on_gpu or current_device_index() == self._device.index)
+        ):
+            return None
+        if out is None:
+            out = torch.empty((x.shape[0], self._hidden_size), dtype=torch.bfloat16, device=self._device)
+        x_bf16, x_q = (x, None) if x_scale is None else (None, x)
+        inputs = MoEInputs(
+            topk_ids, topk_weights, x_bf16, x_q, x_scale, routed_scaling_factor, None, self._activation_scales
+        )
+        plan.variant.run(plan.prepared, inputs, out, plan.config)
+        return out
 
     def enqueue(
         self,
+        passed: PassedBatches,
+        weights: tuple[torch.Tensor, ...],
         x: torch.Tensor,
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
@@ -149,37 +206,13 @@ class MoELayer:
         routed_scaling_factor: float,
         out: torch.Tensor | None,
     ) -> torch.Tensor:
-        """`__call__` where no graph is being compiled."""
+        """`__call__` for any batch; enqueue_alike takes ones like it from then on, if it can."""
         shape, device, quantised = self.weights.shape, self._device, x_scale is not None
-        given: tuple[torch.Tensor, ...] = (x, topk_weights, topk_ids)
-        if x_scale is not None:
-            given += (x_scale,)
-        if out is not None:
-            given += (out,)
-        try:  # in a fifth of the time that checks.batch and _is_plain take, what implies that they pass again
-            passed = self._passed.get((x.shape, quantised, out is None))
-            plainly = (
-                passed is not None
-                and not (topk_weights.is_nested or topk_ids.is_nested)  # of which checks.alike must not be asked
-                and (x_scale is None or not x_scale.is_nested)
-                and (out is None or not (out.is_nested or out.data_ptr() == x.data_ptr()))
-                and passed(*given)
-                and isinstance(routed_scaling_factor, (float, int))
-                and math.isfinite(routed_scaling_factor)
-                and self._is_on_current_device()
-            )
-        except AttributeError:  # one is no tensor
-            plainly = False
-        if not plainly:
-            checks.batch(shape, device, x, x_scale, topk_weights, topk_ids, routed_scaling_factor, out)
-            plainly = self._is_plain(x, topk_weights, x_scale)
-            if plainly:
-                if len(self._passed) >= MAX_PASSED:
-                    self._passed.clear()
-                self._passed[x.shape, quantised, out is None] = checks.alike(*given)
-        num_tokens = x.shape[0]
+        checks.batch(shape, device, x, x_scale, topk_weights, topk_ids, routed_scaling_factor, out)
         if quantised in self._values_unchecked:
             self._check_values(topk_ids, x_scale)
+        key, num_tokens = (x.shape, x_scale is None, out is None), x.shape[0]
+        given = [*weights, x, topk_weights, topk_ids, *(each for each in (x_scale, out) if each is not None)]
         if out is None:
             out = torch.empty((num_tokens, shape.hidden_size), dtype=torch.bfloat16, device=device)
         if num_tokens == 0:
@@ -187,15 +220,21 @@ class MoELayer:
         plan = self._plans.get((num_tokens, quantised)) or self._make_plan(num_tokens, quantised)
         if not plan.variant.graph_capturable:
             _refuse_capture(self._on_gpu, f"{plan.variant.name} reads device data on the host")
-        x_bf16, x_q = (None, x) if quantised else (x, None)
+        if self._may_skip_checks(plan, x, topk_weights, x_scale):
+            if len(passed) >= MAX_PASSED:
+                passed.clear()
+            passed[key] = checks.alike(*given), plan
         inputs = MoEInputs(
-            topk_ids, topk_weights, x_bf16, x_q, x_scale, routed_scaling_factor, None, shape.activation_scales
+            topk_ids,
+            topk_weights,
+            x=None if quantised else x,
+            x_q=x if quantised else None,
+            x_scale=x_scale,
+            routed_scaling_factor=routed_scaling_factor,
+            activation_scales=shape.activation_scales,
         )
-        if plainly:
+        with _plainly(device):
             plan.variant.run(plan.prepared, inputs, out, plan.config)
-        else:
-            with _plainly(device):
-                plan.variant.run(plan.prepared, inputs, out, plan.config)
         return out
 
     def warm(self, num_tokens: Iterable[int], quantised: bool = False) -> None:
@@ -274,14 +313,18 @@ class MoELayer:
         if not self._check_values_always:
             self._values_unchecked.discard(x_scale is not None)
 
-    def _is_plain(self, x: torch.Tensor, topk_weights: torch.Tensor, x_scale: torch.Tensor | None) -> bool:
-        """Whether `run` may be called as it is: nothing to differentiate or cast, and on the current device."""
+    def _may_skip_checks(
+        self, plan: Plan, x: torch.Tensor, topk_weights: torch.Tensor, x_scale: torch.Tensor | None
+    ) -> bool:
+        """Whether `run` may be called as it is on batches like this one: values need not be read, and there is nothing
+        to refuse, to differentiate or to cast, on the current device."""
+        if (x_scale is not None) in self._values_unchecked or (self._on_gpu and not plan.variant.graph_capturable):
+            return False
         if x.requires_grad or topk_weights.requires_grad or (x_scale is not None and x_scale.requires_grad):
             return False
-        return not torch.is_autocast_enabled(self._device.type) and self._is_on_current_device()
-
-    def _is_on_current_device(self) -> bool:
-        return not self._on_gpu or torch.accelerator.current_device_index() == self._device.index
+        if torch.is_autocast_enabled(self._device.type):
+            return False
+        return not self._on_gpu or current_device_index() == self._device.index
 
 
 _numbers = itertools.count()

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Unpack
 
 import torch
@@ -19,7 +18,7 @@ from torch.compiler import is_compiling
 
 from workbench import checks, layer
 from workbench.errors import InputError
-from workbench.layer import AUTO, MoELayer
+from workbench.layer import AUTO, MoELayer, PassedBatches
 from workbench.problem import PLAIN_FORM, LayerForm
 
 MAX_LAYERS = 512
@@ -63,11 +62,29 @@ def fused_moe(
             **form,
         )
         return made if out is None else out.copy_(made)
+    weights, batch = (w13, w13_scale, w2, w2_scale), (x, topk_weights, topk_ids, x_scale, routed_scaling_factor, out)
+    call: tuple[object, ...] = (id(w13), id(w13_scale), id(w2), id(w2_scale), num_shared_experts, variant)
+    if form:  # biases are told apart by where they are, not by their ids
+        with_bias = form.get("w13_bias") is not None or form.get("w2_bias") is not None
+        call = () if with_bias else (*call, *form.items())
+    known = _calls.get(call)
+    if known is not None and known.pointers == _pointers(*weights):
+        known.kept.last_use = next(_uses)
+        made = known.kept.layer.enqueue_alike(known.passed, weights, *batch)
+        if made is not None:
+            return made
     choices = topk_ids.shape if isinstance(topk_ids, torch.Tensor) else ()
     if len(choices) != 2:
         raise InputError(f"topk_ids: expected int32 [M, top_k], got {checks.described(topk_ids)}")
-    kept = _layer_of((w13, w13_scale, w2, w2_scale), choices[1], num_shared_experts, variant, form)
-    return kept.enqueue(x, topk_weights, topk_ids, x_scale, routed_scaling_factor, out)
+    kept = _kept_by_layout(weights, choices[1], num_shared_experts, variant, form)
+    kept.last_use = next(_uses)
+    if not call:
+        return kept.layer(
+            x, topk_weights, topk_ids, x_scale=x_scale, routed_scaling_factor=routed_scaling_factor, out=out
+        )
+    if known is None or known.kept is not kept or known.pointers != _pointers(*weights):
+        known = _remember(call, weights, kept)
+    return kept.layer.enqueue(known.passed, weights, *batch)
 
 
 def forget_layers() -> None:
@@ -158,52 +175,34 @@ class Call:
     """The very objects of an earlier call of `fused_moe`: while they are where they were, their layer is known."""
 
     kept: Kept
-    alike: Callable[..., bool]
-    """Whether the objects still have these layouts, wherever their memory is."""
     pointers: tuple[int, ...]
     watches: tuple[weakref.ref[torch.Tensor], ...]
     """Drop this when one of the objects is freed: another may then take its id."""
+    passed: PassedBatches = field(default_factory=dict)
+    """Batches that came with these objects, as laid out by then."""
 
 
 _kept: dict[tuple[object, ...], Kept] = {}
 """By what the tensors are: address, dtype, shape and strides."""
 _calls: dict[tuple[object, ...], Call] = {}
-"""By the ids of the tensor objects: the same layers, found in a quarter of the time."""
+"""By the ids of the tensor objects and the other arguments that make a layer: the same layers, found faster. Calls that
+differ in top_k alone take turns."""
 _uses = itertools.count(1)
 
 
-def _layer_of(
-    tensors: tuple[torch.Tensor, ...], top_k: int, num_shared_experts: int, variant: str, form: LayerForm
-) -> MoELayer:
-    """The layer kept for these weights, made if there is none."""
-    w13, w13_scale, w2, w2_scale = tensors
-    call: tuple[object, ...] = (id(w13), id(w13_scale), id(w2), id(w2_scale), top_k, num_shared_experts, variant)
-    if form:
-        with_bias = form.get("w13_bias") is not None or form.get("w2_bias") is not None
-        call = () if with_bias else (*call, *form.items())
-    known = _calls.get(call)
-    if (
-        known is not None
-        and known.alike(w13, w13_scale, w2, w2_scale)
-        and known.pointers == (w13.data_ptr(), w13_scale.data_ptr(), w2.data_ptr(), w2_scale.data_ptr())
-    ):
-        kept = known.kept
-    else:
-        kept = _kept_by_layout(tensors, top_k, num_shared_experts, variant, form)
-        if call:
-            _remember(call, tensors, kept)
-    kept.last_use = next(_uses)
-    return kept.layer
+def _pointers(w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor) -> tuple[int, ...]:
+    return w13.data_ptr(), w13_scale.data_ptr(), w2.data_ptr(), w2_scale.data_ptr()
 
 
-def _remember(call: tuple[object, ...], tensors: tuple[torch.Tensor, ...], kept: Kept) -> None:
+def _remember(call: tuple[object, ...], tensors: tuple[torch.Tensor, ...], kept: Kept) -> Call:
     def drop(_: object) -> None:
         _calls.pop(call, None)
         kept.calls.discard(call)
 
     watches = tuple(weakref.ref(given, drop) for given in tensors)
-    _calls[call] = Call(kept, checks.alike(*tensors), tuple(given.data_ptr() for given in tensors), watches)
+    made = _calls[call] = Call(kept, tuple(given.data_ptr() for given in tensors), watches)
     kept.calls.add(call)
+    return made
 
 
 def _forget(key: tuple[object, ...]) -> None:
