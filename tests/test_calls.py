@@ -1,4 +1,5 @@
-"""Ready calls: what their launches hold when they are enqueued, and that no two takers have the same one."""
+"""Ready calls: what their launches hold when they are enqueued, that no two takers have the same one, and that a
+variant called again computes the batch at hand."""
 
 from __future__ import annotations
 
@@ -9,10 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from emulation.emulator import compiler_missing, emulated
 
 from kernels_cuda import workspace
 from kernels_cuda.calls import MAX_KEYS, Call, ReadyCalls
 from kernels_cuda.launch import LaunchError
+from kernels_cuda.sm90_fused import SM90Fused
+from kernels_cuda.sm90_prefill import SM90Prefill, SM90PrefillDeterministic
+from kernels_cuda.sm90_stream import SM90Stream, SM90StreamDeterministic
+from reference.routing import align_block_size
+from workbench.generate import make_inputs, make_weights
+from workbench.problem import MoEShape, Workload
+from workbench.variant import Variant
+from workbench.verify import expected_output
 
 CPU = torch.device("cpu")
 PARTS = workspace.layout({"counter": 16}, {"h": 200, "sums": 64})
@@ -115,3 +125,44 @@ def test_so_many_kinds_of_calls_are_kept(start: list[int]) -> None:
         make(calls, key, FakeLaunch()).enqueue()
     assert calls.take(0) is None
     assert calls.take(MAX_KEYS) is not None
+
+
+@pytest.mark.skipif(bool(compiler_missing()), reason=compiler_missing() or "there")
+@pytest.mark.parametrize(
+    "variant",
+    [SM90Fused(), SM90Stream(), SM90StreamDeterministic(), SM90Prefill(), SM90PrefillDeterministic()],
+    ids=lambda variant: variant.name,
+)
+def test_a_variant_called_again_computes_the_batch_at_hand(variant: Variant) -> None:
+    shape, num_tokens = MoEShape(3, 256, 128, 2), 9
+    weights = make_weights(shape, seed=0, device=CPU)
+    config = next(iter(variant.configs(shape, num_tokens)))
+    with emulated(num_sms=4) as gpu:
+        prepared = variant.prepare(weights)
+        for seed in range(2):
+            inputs = make_inputs(Workload(shape, num_tokens, seed=seed), CPU)
+            quantised = inputs.quantise()
+            expected = expected_output(weights, inputs)
+            for given in (inputs, quantised, variant.align(prepared, quantised, config)):
+                out = torch.full((num_tokens, shape.hidden_size), torch.nan, dtype=torch.bfloat16)
+                variant.run(prepared, given, out, config)
+                gpu.synchronize()
+                assert (out.float() - expected).norm() <= 0.01 * expected.norm()
+
+
+@pytest.mark.skipif(bool(compiler_missing()), reason=compiler_missing() or "there")
+def test_routing_aligned_by_someone_else_adds_to_out_also_when_called_again() -> None:
+    shape, variant = MoEShape(3, 256, 128, 2), SM90Fused()
+    weights = make_weights(shape, seed=0, device=CPU)
+    config = next(iter(variant.configs(shape, 9)))
+    with emulated(num_sms=4) as gpu:
+        prepared = variant.prepare(weights)
+        for seed in range(2):
+            inputs = make_inputs(Workload(shape, 9, seed=seed, input_kind="fp8"), CPU)
+            aligned = align_block_size(inputs.topk_ids, config.integer("block_m"), shape.num_experts)
+            expected = 1.0 + 0.5 * expected_output(weights, inputs)
+            out = torch.ones(9, shape.hidden_size, dtype=torch.bfloat16)
+            tokens: Any = (inputs.x_q, inputs.x_scale)
+            variant.run_aligned(prepared, *tokens, aligned, inputs.topk_weights, 0.5, out, config)
+            gpu.synchronize()
+            assert (out.float() - expected).norm() <= 0.01 * expected.norm()
