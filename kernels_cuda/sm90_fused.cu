@@ -20,7 +20,8 @@
 #include "registers.cuh"
 #include "wgmma.cuh"
 
-// registers::uniform() but with the tallest blocks, whose sums leave no room for what the compiler then makes of the loops.
+// registers::uniform(), but not with the tallest blocks: their sums leave no registers for what the compiler makes of loops
+// then, and would be spilled.
 __device__ __forceinline__ uint32_t uniform_if_room(uint32_t value) {
     if constexpr (kBlockM > 96)
         return value;
@@ -49,8 +50,6 @@ struct Math {
         fence_async_proxy();  // the tokens came by cp.async
     }
 
-    // Each lane arrives for itself. One lane for the warp, after __syncwarp(), would be right too and 0.5 % faster at
-    // M=1024, but racecheck does not follow the order through __syncwarp().
     __device__ __forceinline__ void release_stage() {
         mbarrier::arrive_warp(shared.empty[ring.stage]);
         ring.advance();
@@ -262,9 +261,9 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) sm90_fused(const __
     // Each role makes its own Schedule: values shared across the change of register counts would be spilled.
     if (threadIdx.x >= kNumMathThreads) {
         registers::decrease<kProducerRegisters>();
-        if (threadIdx.x == kNumMathThreads)
+        if (registers::uniform(threadIdx.x / 32) == kNumMathWarps)
             load_weights(p, shared, Schedule(p, rank));
-        else if (threadIdx.x >= kNumMathThreads + 32)
+        else
             gather_tokens(p, shared, Schedule(p, rank), threadIdx.x - kNumMathThreads - 32);
     } else {
         registers::increase<kMathRegisters>();

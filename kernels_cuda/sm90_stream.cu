@@ -14,10 +14,10 @@
 // reset, and the pieces of a job are always added in the same order. With many rows filling takes longer than waiting, so
 // that flags follow the sums (MAX_PARTS of 4).
 //
-// Where tiles are many (MAX_PARTS of 4 again) there is no moment at which all SMs change phase and loads stop: three of five
-// tiles are fused, that is, one ticket takes both phases of such a tile and its activations stay on the SM. These tickets
-// lie between the up phase and the down phase of the other tiles, whose sums and activations meet meanwhile and whose
-// small pieces even out the end.
+// Where tiles are many (MAX_PARTS of 4 again) there is no moment at which all SMs change phase and loads stop: about three of
+// five tiles, more of very many, are fused, that is, one ticket takes both phases of such a tile and its activations stay on
+// the SM. These tickets lie between the up phase and the down phase of the other tiles, whose sums and activations meet
+// meanwhile and whose small pieces even out the end.
 //
 // Where there are only a few jobs no tickets are needed: a CTA has at most one piece of each phase, and computes the
 // activations of its own tile itself, which saves the second meeting.
@@ -36,8 +36,8 @@
 // Warps 0-7 (two warpgroups) multiply; warp 8 takes tickets and loads weights; warps 9-11 gather tokens and scales.
 //
 // Set by the compiler's command line: MAX_ROWS (8, 16, 24, 32, 48, 64), HIDDEN_SIZE, NUM_CHUNKS (intermediate size / 128),
-// MAX_PARTS (pieces of a job), NUM_STAGES, NUM_IN_FLIGHT (stages whose loads may be under way), NUM_CTAS (all resident at a
-// time), DETERMINISTIC, and what the launcher passes: SMEM_BYTES of shared memory and PARAMS_BYTES of parameters.
+// MAX_PARTS (most pieces of a job), NUM_STAGES, NUM_IN_FLIGHT (stages whose loads may be under way), NUM_CTAS (all resident
+// at a time), DETERMINISTIC, and what the launcher passes: SMEM_BYTES of shared memory and PARAMS_BYTES of parameters.
 #include "cluster.cuh"
 #include "registers.cuh"
 #include "stream_load.cuh"
@@ -57,9 +57,9 @@ extern "C" __global__ void __launch_bounds__(kThreadsToFit, 1) sm90_stream(const
 
     if (thread >= kNumMathThreads) {
         registers::decrease<kProducerRegisters>();
-        if (thread == kNumMathThreads)
+        if (registers::uniform(thread / 32) == kNumMathWarps)
             loader.run();
-        else if (thread >= kNumMathThreads + 32)
+        else
             Gatherer(p, shared, thread - kNumMathThreads - 32).run();
     } else {
         registers::increase<kMathRegisters>();

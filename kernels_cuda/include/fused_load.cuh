@@ -1,29 +1,38 @@
-// The producers of sm90_fused.cu: weights by the copy engine, tokens and scales by cp.async, into one ring of stages.
+// The producers of sm90_fused.cu: weights by the copy engine, tokens and scales by cp.async, into one ring of stages. What is
+// the same in a warp is known to be, see registers::uniform(): else each copy and arrival runs in a loop over the lanes.
 #pragma once
 #include "copy.cuh"
+#include "elect.cuh"
 #include "fused_storage.cuh"
+#include "registers.cuh"
 
-// One thread: the weight tiles of every item, gate and up halves of each K tile, then the groups of w2.
+// One warp: the weight tiles of every item, gate and up halves of each K tile, then the groups of w2.
 __device__ __forceinline__ void load_weights(const Params& p, SharedStorage& shared, const Schedule& schedule) {
+    using registers::uniform;
     Position ring;
-    for (uint32_t item = schedule.first_item; item < schedule.num_items; item += schedule.item_step) {
-        const int32_t expert = p.expert_ids[item / schedule.num_chunks];
+    const uint32_t num_items = uniform(schedule.num_items);
+    const uint32_t first_k = uniform(schedule.first_k), last_k = uniform(schedule.last_k);
+    for (uint32_t item = schedule.first_item; item < num_items; item += schedule.item_step) {
+        const int32_t expert = uniform(p.expert_ids[item / schedule.num_chunks]);
         if (expert < 0) continue;
         const uint32_t chunk = item % schedule.num_chunks;
         const int32_t gate_row = expert * 2 * p.intermediate_size + chunk * kGroupSize;
         const int32_t up_row = gate_row + p.intermediate_size;
-        for (uint32_t k = schedule.first_k; k < schedule.last_k; ++k, ring.advance()) {
+        for (uint32_t k = first_k; k < last_k; ++k, ring.advance()) {
             uint64_t& full = shared.full[ring.stage];
             mbarrier::wait(shared.empty[ring.stage], ring.parity ^ 1);
-            mbarrier::arrive_expect_bytes(full, 2 * kHalfBytes);
-            if (p.interleaved) {
-                const int32_t rows_of_8 = chunk * kGroupSize / 8;
-                tma_load_5d(shared.weights[ring.stage][0], p.w13, full, k * kTileK, 0, 0, rows_of_8, expert);
-                tma_load_5d(shared.weights[ring.stage][1], p.w13, full, k * kTileK, 0, 1, rows_of_8, expert);
-            } else {
-                tma_load_2d(shared.weights[ring.stage][0], p.w13, full, k * kTileK, gate_row);
-                tma_load_2d(shared.weights[ring.stage][1], p.w13, full, k * kTileK, up_row);
+            if (elect_one()) {
+                mbarrier::arrive_expect_bytes(full, 2 * kHalfBytes);
+                if (p.interleaved) {
+                    const int32_t rows_of_8 = chunk * kGroupSize / 8;
+                    tma_load_5d(shared.weights[ring.stage][0], p.w13, full, k * kTileK, 0, 0, rows_of_8, expert);
+                    tma_load_5d(shared.weights[ring.stage][1], p.w13, full, k * kTileK, 0, 1, rows_of_8, expert);
+                } else {
+                    tma_load_2d(shared.weights[ring.stage][0], p.w13, full, k * kTileK, gate_row);
+                    tma_load_2d(shared.weights[ring.stage][1], p.w13, full, k * kTileK, up_row);
+                }
             }
+            __syncwarp();
         }
         const int32_t column = chunk * kGroupSize;
         for (uint32_t group = schedule.first_group; group < schedule.num_groups; group += kClusterSize, ring.advance()) {
@@ -32,9 +41,12 @@ __device__ __forceinline__ void load_weights(const Params& p, SharedStorage& sha
             const bool whole = (group + 1) * kGroupColumns <= p.hidden_size;
             uint64_t& full = shared.full[ring.stage];
             mbarrier::wait(shared.empty[ring.stage], ring.parity ^ 1);
-            mbarrier::arrive_expect_bytes(full, whole ? 2 * kHalfBytes : kHalfBytes);
-            tma_load_5d(shared.weights[ring.stage][0], p.w2, full, column, 0, 0, rows_of_32, 0);
-            if (whole) tma_load_5d(shared.weights[ring.stage][1], p.w2, full, column, 0, 0, rows_of_32 + 4, 0);
+            if (elect_one()) {
+                mbarrier::arrive_expect_bytes(full, whole ? 2 * kHalfBytes : kHalfBytes);
+                tma_load_5d(shared.weights[ring.stage][0], p.w2, full, column, 0, 0, rows_of_32, 0);
+                if (whole) tma_load_5d(shared.weights[ring.stage][1], p.w2, full, column, 0, 0, rows_of_32 + 4, 0);
+            }
+            __syncwarp();
         }
     }
 }
@@ -43,15 +55,18 @@ __device__ __forceinline__ void load_weights(const Params& p, SharedStorage& sha
 // every stage of the down projection the scales.
 __device__ __forceinline__ void gather_tokens(const Params& p, SharedStorage& shared, const Schedule& schedule,
                                               uint32_t thread) {
+    using registers::uniform;
     constexpr uint32_t kPiecesPerRow = kTileK / 16;
     constexpr uint32_t kRowsPerPass = kNumGatherThreads / kPiecesPerRow;
     const uint32_t piece = thread % kPiecesPerRow;
     const uint32_t num_k = p.hidden_size / kTileK;
     Position ring;
     uint32_t buffer = 0;  // a thread is at most one item ahead of another, so two tables of tokens suffice
-    for (uint32_t item = schedule.first_item; item < schedule.num_items; item += schedule.item_step) {
+    const uint32_t num_items = uniform(schedule.num_items);
+    const uint32_t first_k = uniform(schedule.first_k), last_k = uniform(schedule.last_k);
+    for (uint32_t item = schedule.first_item; item < num_items; item += schedule.item_step) {
         const uint32_t block = item / schedule.num_chunks;
-        const int32_t expert = p.expert_ids[block];
+        const int32_t expert = uniform(p.expert_ids[block]);
         if (expert < 0) continue;
         const uint32_t chunk = item % schedule.num_chunks;
         int32_t* const tokens = shared.gathered_token[buffer ^= 1];
@@ -65,16 +80,17 @@ __device__ __forceinline__ void gather_tokens(const Params& p, SharedStorage& sh
         const float* w13_scale =
             p.w13_scale + static_cast<uint64_t>(expert * 2 * schedule.num_chunks + scale_row) * num_k;
 #pragma unroll 1
-        for (uint32_t k = schedule.first_k; k < schedule.last_k; ++k, ring.advance()) {
+        for (uint32_t k = first_k; k < last_k; ++k, ring.advance()) {
             mbarrier::wait(shared.empty[ring.stage], ring.parity ^ 1);
             // Padding reads token 0 with no bytes, which writes zeros.
 #pragma unroll
             for (uint32_t pass = 0; pass < ceil_div(kBlockM, kRowsPerPass); ++pass) {
                 const uint32_t row = thread / kPiecesPerRow + pass * kRowsPerPass;
-                if (row >= kBlockM) break;
+                if (row >= kBlockM) continue;
                 const int32_t token = tokens[row];
                 cp_async_16(shared.tokens[ring.stage] + row * kTileK + (piece ^ row % 8) * 16,
-                            p.x_q + static_cast<uint64_t>(max(token, 0)) * p.hidden_size + k * kTileK + piece * 16, token >= 0);
+                            p.x_q + static_cast<uint64_t>(max(token, 0)) * p.hidden_size + k * kTileK + piece * 16,
+                            token >= 0);
             }
 #pragma unroll
             for (uint32_t row = thread; row < kBlockM; row += kNumGatherThreads) {
@@ -83,6 +99,7 @@ __device__ __forceinline__ void gather_tokens(const Params& p, SharedStorage& sh
                            token >= 0);
             }
             if (thread < 2) cp_async_4(&shared.weight_scale[ring.stage][thread], w13_scale + k, true);
+            __syncwarp();
             cp_async_arrive(shared.full[ring.stage]);
         }
         for (uint32_t group = schedule.first_group; group < schedule.num_groups; group += kClusterSize, ring.advance()) {
@@ -91,6 +108,7 @@ __device__ __forceinline__ void gather_tokens(const Params& p, SharedStorage& sh
             if (thread < 2 && scale_row < num_k)
                 cp_async_4(&shared.weight_scale[ring.stage][thread],
                            p.w2_scale + static_cast<uint64_t>(expert * num_k + scale_row) * schedule.num_chunks + chunk, true);
+            __syncwarp();
             cp_async_arrive(shared.full[ring.stage]);
         }
     }

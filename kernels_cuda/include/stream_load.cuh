@@ -1,11 +1,14 @@
-// The producers of sm90_stream.cu: tickets and weights, tokens and scales.
+// The producers of sm90_stream.cu: tickets and weights, tokens and scales. What is the same in a warp is known to be, see
+// registers::uniform(): else each copy and arrival runs in a loop over the lanes.
 #pragma once
 #include "cluster.cuh"
 #include "copy.cuh"
+#include "elect.cuh"
 #include "exchange.cuh"
+#include "registers.cuh"
 #include "stream_storage.cuh"
 
-// One thread: takes tickets, tells the others what they stand for, and loads the weights.
+// One warp: takes tickets, tells the others what they stand for, and loads the weights.
 struct WeightLoader {
     const Params& p;
     SharedStorage& shared;
@@ -16,8 +19,8 @@ struct WeightLoader {
 
     __device__ __forceinline__ WeightLoader(const Params& p, SharedStorage& shared) : p(p), shared(shared) {}
 
-    // The loads that nothing has to be waited for, before the barriers' other users know of them. All lanes of a warp: one
-    // read of memory finds the number of tiles and, with it, nearly any tile that may turn out to be the first.
+    // The loads for which nothing has to be waited for, before other warps use the barriers. One read of memory by all lanes
+    // finds the number of tiles and, with it, nearly any tile that may turn out to be the first.
     __device__ __forceinline__ void start() {
         const uint32_t lane = threadIdx.x % 32, last = p.tile_capacity - 1;
         uint32_t other = lane + 29;  // 32.. and the first tile where items are whole, in 4 parts, in fine ones
@@ -25,10 +28,11 @@ struct WeightLoader {
         const uint32_t num_tiles = p.tiles[0].expert;
         const int32_t low_expert = p.tiles[1 + min(lane, last)].expert;
         const int32_t other_expert = p.tiles[1 + min(other, last)].expert;
-        if (lane == 0) {
+        if (elect_one()) {
             init_barriers();
             shared.num_tiles = num_tiles;
         }
+        __syncwarp();
         if (num_tiles == 0) return;
         const Schedule schedule(num_tiles);
         if (schedule.first_ticket() >= schedule.num_up) return;
@@ -37,7 +41,6 @@ struct WeightLoader {
         int32_t expert = __shfl_sync(~0u, low_expert, tile);
         if (tile >= 32) expert = __shfl_sync(~0u, other_expert, __ffs(holders) - 1);
         if (tile >= 32 && holders == 0) expert = p.tiles[1 + tile].expert;
-        if (lane != 0) return;
 #pragma unroll 1
         for (uint32_t k = piece.first_unit; k < early_end(piece); ++k, ++num_loads)
             issue(up_stage(expert, piece.item % kNumChunks, k), kStageBytes);
@@ -68,6 +71,7 @@ struct WeightLoader {
         fence_async_proxy();
     }
 
+    // At most kNumInFlight loads are under way at a time.
     __device__ __forceinline__ void load(const uint8_t* source, uint32_t num_bytes) {
         if (kNumInFlight < kNumStages && num_loads++ >= kNumInFlight) {
             mbarrier::wait(shared.full[arriving.stage], arriving.parity);
@@ -78,24 +82,33 @@ struct WeightLoader {
     }
 
     __device__ __forceinline__ void issue(const uint8_t* source, uint32_t num_bytes) {
-        uint64_t& full = shared.full[ring.stage];
-        mbarrier::arrive_expect_bytes(full, num_bytes);
-        bulk_load(shared.weights[ring.stage], source, num_bytes, full, policy);
+        if (elect_one()) {
+            uint64_t& full = shared.full[ring.stage];
+            mbarrier::arrive_expect_bytes(full, num_bytes);
+            bulk_load(shared.weights[ring.stage], source, num_bytes, full, policy);
+        }
+        __syncwarp();
         ring.advance();
     }
 
-    // Tells the others.
+    // Tells the other warps of a piece.
     __device__ __forceinline__ void begin(const Piece& piece) {
         mbarrier::wait(shared.queue_empty[queue.stage], queue.parity ^ 1);
-        shared.queue[queue.stage] = piece;
-        mbarrier::arrive(shared.queue_full[queue.stage]);
+        if (elect_one()) {
+            shared.queue[queue.stage] = piece;
+            mbarrier::arrive(shared.queue_full[queue.stage]);
+        }
+        __syncwarp();
         queue.advance();
     }
 
     // After start(), whose first piece it goes on with. Of the jobs in parts this CTA owes the activations of every
     // kNumCtas-th, before its first piece of a down phase or earlier.
     __device__ __forceinline__ void run() {
-        const Schedule schedule(shared.num_tiles);
+        using registers::uniform;
+        const Schedule schedule(uniform(shared.num_tiles));
+        num_loads = uniform(num_loads);  // here and not in start(), where it would delay the first load
+        ring = {uniform(ring.stage), uniform(ring.parity)};
         bool first = true, counter_is_set = false;
         uint32_t ticket = schedule.first_ticket(), owed_job = schedule.few ? ~0u : schedule.up.num_whole + blockIdx.x;
         Piece piece = schedule.piece(ticket);
@@ -106,22 +119,26 @@ struct WeightLoader {
             begin(piece);
             if (piece.phase == kEnd) break;
             if (first && piece.phase == kUp) piece.first_unit = early_end(piece);
-            if (schedule.few) {
-                ticket = schedule.next_ticket(ticket);
-            } else if (!kFuses || piece.phase != kFusedUp) {
+            const bool takes = !schedule.few && (!kFuses || piece.phase != kFusedUp);
+            uint32_t taken = 0;
+            if (takes) {
                 if (!counter_is_set) grid_dependency::wait();  // by the previous kernel, to -1
                 counter_is_set = true;
-                ticket = kNumCtas + 1 + atomicAdd(p.ticket_counter, 1u);
+                if (threadIdx.x % 32 == 0) taken = atomicAdd(p.ticket_counter, 1u);
             }
             first = false;
-            load_units(piece);
+            load_units(piece);  // while the ticket is on its way
+            if (takes)
+                ticket = kNumCtas + 1 + uniform(__shfl_sync(~0u, taken, 0));
+            else if (schedule.few)
+                ticket = schedule.next_ticket(ticket);
             piece = kFuses && piece.phase == kFusedUp ? Schedule::following(piece) : schedule.piece(ticket);
         }
     }
 
     __device__ __forceinline__ void load_units(const Piece& piece) {
         const bool up = piece.phase <= kFusedUp;
-        const uint32_t expert = tile_at(p, shared, up ? piece.item / kNumChunks : piece.item).expert;
+        const uint32_t expert = registers::uniform(tile_at(p, shared, up ? piece.item / kNumChunks : piece.item).expert);
 #pragma unroll 1
         for (uint32_t unit = piece.first_unit; unit < piece.last_unit; ++unit) {
             const bool whole = up || (unit + 1) * kGroupColumns <= kHiddenSize;  // the last group may be half
@@ -158,15 +175,16 @@ struct Gatherer {
         : p(p), shared(shared), thread(thread) {}
 
     __device__ __forceinline__ void run() {
-        const bool few = Schedule(shared.num_tiles).few;
+        const bool few = Schedule(registers::uniform(shared.num_tiles)).few;
 #pragma unroll 1
         for (QueuePosition queue;; queue.advance()) {
             mbarrier::wait(shared.queue_full[queue.stage], queue.parity);
             const Piece piece = shared.queue[queue.stage];
-            if (piece.phase == kEnd) break;
-            if (piece.phase <= kFusedUp) gather_up(piece, shared.queue_weight[queue.stage]);
-            if (kFuses && piece.phase == kFusedDown) gather_down(piece, kOwn);
-            if (piece.phase == kDown) {
+            const uint32_t phase = registers::uniform(piece.phase);
+            if (phase == kEnd) break;
+            if (phase <= kFusedUp) gather_up(piece, shared.queue_weight[queue.stage]);
+            if (kFuses && phase == kFusedDown) gather_down(piece, kOwn);
+            if (phase == kDown) {
                 grid_dependency::wait();  // before that activations may look written that are not
                 gather_down(piece, few ? kFromSums : kFromMemory);
             }
@@ -181,30 +199,32 @@ struct Gatherer {
         const uint32_t column = thread % kPiecesPerRow;
         const Tile tile = tile_at(p, shared, piece.item / kNumChunks);
         int32_t* const tokens = shared.gathered_token[table ^= 1];
-#pragma unroll 1
-        for (uint32_t row = thread; row < tile.num_rows; row += kNumGatherThreads) {
-            const int32_t choice = p.sorted_choices[tile.first_row + row];
-            tokens[row] = choice / p.top_k;
-            cp_async_4(row_weight + row, p.topk_weights + choice, true);  // there with the first stage's tokens
+        if (thread < tile.num_rows) {
+            const int32_t choice = p.sorted_choices[tile.first_row + thread];
+            tokens[thread] = choice / p.top_k;
+            cp_async_4(row_weight + thread, p.topk_weights + choice, true);  // there with the first stage's tokens
         }
         named_barrier(kGatherBarrier, kNumGatherThreads);
 
         const uint32_t gate_scale_row = tile.expert * 2 * kNumChunks + piece.item % kNumChunks;
         const float* w13_scale = p.w13_scale + static_cast<uint64_t>(gate_scale_row + thread * kNumChunks) * kNumK;
+        const uint32_t first_unit = registers::uniform(piece.first_unit), last_unit = registers::uniform(piece.last_unit);
 #pragma unroll 1
-        for (uint32_t k = piece.first_unit; k < piece.last_unit; ++k, ring.advance()) {
+        for (uint32_t k = first_unit; k < last_unit; ++k, ring.advance()) {
             mbarrier::wait(shared.tokens_empty[ring.stage], ring.parity ^ 1);
 #pragma unroll
             for (uint32_t pass = 0; pass < ceil_div(kMaxRows, kRowsPerPass); ++pass) {
                 const uint32_t row = thread / kPiecesPerRow + pass * kRowsPerPass;
-                if (row >= tile.num_rows) break;
-                cp_async_16(shared.tokens[ring.stage] + row * kTileK + (column ^ row % 8) * 16,
-                            p.x_q + static_cast<uint64_t>(tokens[row]) * kHiddenSize + k * kTileK + column * 16, true);
+                if (row < tile.num_rows)
+                    cp_async_16(shared.tokens[ring.stage] + row * kTileK + (column ^ row % 8) * 16,
+                                p.x_q + static_cast<uint64_t>(tokens[row]) * kHiddenSize + k * kTileK + column * 16,
+                                true);
             }
             if (thread < tile.num_rows)
                 cp_async_4(&shared.token_scale[ring.stage][thread],
                            p.x_scale + static_cast<uint64_t>(tokens[thread]) * kNumK + k, true);
             if (thread < 2) cp_async_4(&shared.weight_scale[ring.stage][thread], w13_scale + k, true);
+            __syncwarp();
             cp_async_arrive(shared.tokens_full[ring.stage]);
         }
     }
