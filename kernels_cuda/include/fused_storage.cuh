@@ -1,4 +1,5 @@
-// What sm90_fused.cu is given, what a CTA of it keeps in shared memory, and which items are its own.
+// What the command line of sm90_fused.cu sets, what the kernel is given and a CTA keeps in shared memory, and which items are
+// a CTA's own.
 #pragma once
 #include "activation.cuh"
 #include "mbarrier.cuh"
@@ -31,7 +32,7 @@ static_assert(kClusterSize == 1 || kClusterSize == 2 || kClusterSize == 4 || kCl
 
 struct Params {
     TensorMap w13;  // [E * 2I, H], boxes of 128 rows x 128 bytes; interleaved: [E, I/8, 2, 8, H], boxes of 16 x 1 x 8 rows
-    TensorMap w2;   // [E * H, I], boxes of 128 rows in the order of `down_columns` below
+    TensorMap w2;   // [E * H, I], boxes of 128 rows in the order that project_down() says
     const uint8_t* x_q;
     const float* x_scale;
     const float* w13_scale;

@@ -4,7 +4,7 @@
 #include "exchange.cuh"
 #include "stream_storage.cuh"
 
-// All math threads, at the same time.
+// Every function is called by all math threads, for the same job.
 struct Activations {
     const Params& p;
     SharedStorage& shared;
@@ -53,7 +53,7 @@ struct Activations {
     }
 
     // The activations of a job whose sums this CTA has, quantised per row: `target` as wgmma reads them, and their scales,
-    // those of row `thread` times `weight`. Both are free after the first barrier here.
+    // those of row `thread` times `weight`. Written after a first barrier, before which other threads may still read both.
     template <uint32_t kRows>
     __device__ __forceinline__ void of_own_sums(const Tile& tile, float (&gate)[kRows / 2], const float (&up)[kRows / 2],
                                                 uint8_t* target, float* target_scale, float weight) const {
@@ -105,7 +105,7 @@ struct Activations {
     template <uint32_t kPasses>
     __device__ __forceinline__ void of_stored_sums(const Tile& tile, uint32_t job, uint32_t num_parts, uint8_t* target,
                                                    float* target_scale, const float* row_weight) const {
-        constexpr uint32_t kParts = kMaxParts == 4 || kPasses == 4 ? 4 : kPasses == 2 ? 6 : 8;
+        constexpr uint32_t kParts = kFlagged || kPasses == 4 ? 4 : kPasses == 2 ? 6 : 8;
         constexpr uint32_t kRowsAtOnce = kNumMathThreads / kRowVectors;
         const uint32_t vector = thread % kRowVectors, first_row = thread / kRowVectors;
         const uint32_t channel = vector / 32 * 64 + vector / 8 % 4 * 16 + vector % 8;  // and channel + 8
@@ -175,8 +175,8 @@ struct Activations {
             of_stored_sums<4>(tile, job, num_parts, target, target_scale, row_weight);
     }
 
-    // Hands the activations of a job, in `outgoing`, to all CTAs: thread `row` has that row's weight in `out`. `outgoing` is
-    // free again after the first barrier of what fills it next.
+    // Hands the activations of a job, in `outgoing`, to all CTAs: thread `row` has that row's weight in `out`. When a thread
+    // returns, others may still read `outgoing`: until the first barrier of what fills it next.
     __device__ __forceinline__ void publish(const Tile& tile, uint32_t chunk, float weight) const {
         if (thread < tile.num_rows)
             exchange::store(p.activation_scales + (tile.first_row + thread) * kNumChunks + chunk,

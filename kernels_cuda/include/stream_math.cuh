@@ -28,8 +28,8 @@ struct Math {
     __device__ __forceinline__ Math(const Params& p, SharedStorage& shared)
         : p(p), shared(shared), weights{shared, {}}, activations(p, shared) {}
 
-    // Some K tiles of one job: gate and up sums of 64 rows each, into the rows of the piece in the exchange. If these are
-    // all of them, on to the job's activations, for all CTAs or, of a fused tile, for this one. Row r has row_weight[r].
+    // Some K tiles of one job: gate and up sums of 64 rows each, stored for whoever adds up the job's pieces. If these are all
+    // of them (`whole`), on to the job's activations, for all CTAs or, of a fused tile, for this one. Row r has row_weight[r].
     template <uint32_t kRows>
     __device__ __forceinline__ void project_up(const Tile& tile, const Piece& piece, bool whole, const float* row_weight) {
         float gate[kRows / 2], up[kRows / 2];

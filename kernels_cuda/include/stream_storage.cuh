@@ -25,7 +25,7 @@ struct Params {
     const Tile* tiles;  // [1 + tile_capacity]; the first entry is {number of tiles, ...}
     const float* topk_weights;
     float4* sums;  // kMaxParts * kNumChunks rows of kRowVectors for each choice; unless kFlagged ones in every bit
-    // Ones in every bit when `out` is zero:
+    // Ones in every bit at first, written by the kernel before, which also zeroes `out`:
     uint32_t* ticket_counter;
     uint32_t* sums_written;     // kFlagged: [jobs][kNumMathWarps][kFlaggedParts]
     uint4* activations;         // e4m3 [choices, I], in the order of sorted_choices
