@@ -8,7 +8,8 @@ them, allocates the memory that the launches share, and enqueues them.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +19,6 @@ from kernels_cuda.launch import Launch
 
 MAX_KEYS = 256
 """Kinds of calls that a layer keeps ready, a few kilobytes for each; beyond that it begins anew."""
-
-
 WORD_BYTES = 8
 
 
@@ -95,10 +94,13 @@ class ReadyCalls:
 
 def _places(
     params: ctypes.Structure, renamed: Mapping[str, str], offsets: Mapping[str, int]
-) -> Iterator[tuple[memoryview, int, int]]:
+) -> list[tuple[memoryview, int, int]]:
     """The addresses in `params` that follow the workspace: where each is among the words of 8 bytes, and its offset."""
     words = memoryview(params).cast("B").cast("Q")
-    for field, *_ in params._fields_:
-        part = renamed.get(field, field)
-        if part in offsets:
-            yield words, getattr(type(params), field).offset // WORD_BYTES, offsets[part]
+    parts = [(index, renamed.get(field, field)) for field, index in _word_of_fields(type(params)).items()]
+    return [(words, index, offsets[part]) for index, part in parts if part in offsets]
+
+
+@functools.cache
+def _word_of_fields(params: type[ctypes.Structure]) -> Mapping[str, int]:
+    return {field: getattr(params, field).offset // WORD_BYTES for field, *_ in params._fields_}

@@ -8,7 +8,6 @@ that none waits for the device. Every figure is a median.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import statistics
 import sys
@@ -19,8 +18,7 @@ from unittest import mock
 
 import torch
 
-from kernels_cuda import launch
-from kernels_cuda.launch import Kernel, LaunchConfig
+from kernels_cuda.launch import Launch
 from workbench import MoELayer, fused_moe, timing
 from workbench.generate import make_inputs, make_weights
 from workbench.models import shape_of_alias
@@ -59,18 +57,13 @@ def launches_of(step: Step) -> list[Step]:
     meanwhile.
     """
     made: list[Step] = []
-    usual = Kernel.launch
+    usual = Launch.enqueue
 
-    def recording(kernel: Kernel, params: ctypes.Structure, num_ctas: int, *, overlap_previous: bool) -> None:
-        config = LaunchConfig.from_buffer_copy(kernel.overlapping_config if overlap_previous else kernel.config)
-        config.grid_x, config.stream = num_ctas, torch.cuda.current_stream().cuda_stream
-        copied = type(params).from_buffer_copy(params)
-        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(copied))
-        arguments.params = copied  # alive as long as what points to it
-        made.append(functools.partial(launch._launcher(), ctypes.byref(config), kernel.function, arguments, None))
-        usual(kernel, params, num_ctas, overlap_previous=overlap_previous)
+    def recording(launch: Launch, stream: int) -> None:
+        made.append(functools.partial(usual, launch, stream))
+        usual(launch, stream)
 
-    with mock.patch.object(Kernel, "launch", recording):
+    with mock.patch.object(Launch, "enqueue", recording):
         step()
     torch.cuda.synchronize()
     return made
