@@ -14,6 +14,7 @@ layer   from bf16 tokens and top-k ids
 import dataclasses
 import sys
 import time
+from types import SimpleNamespace
 
 import torch
 
@@ -133,11 +134,14 @@ def times(device, aliases, tokens, flags):
 
                 class Skip:
                     max_clusters = down_kernel.max_clusters
-                    launch = staticmethod(lambda *_, **__: None)
 
-                prepared.kernels[config] = up_kernel, Skip
+                    @staticmethod
+                    def bind(params, *_, **__):
+                        return SimpleNamespace(params=params, enqueue=lambda stream: None)
+
+                prepared.kernels[config], prepared.calls = (up_kernel, Skip), sp.ReadyCalls()
                 up = graph_difference(lambda i: variant.run(prepared, aligned[i % 4], out, config), device)
-                prepared.kernels[config] = up_kernel, down_kernel
+                prepared.kernels[config], prepared.calls = (up_kernel, down_kernel), sp.ReadyCalls()
                 peer = PEERS[alias].get(m, 0)
                 print(
                     f"{alias} M={m} {config}: fill+up {up:.1f} down {total - up:.1f} total {total:.1f} us"
