@@ -7,6 +7,7 @@ Weights stay in the layout they are served in: `prepare` only describes them to 
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,11 +33,15 @@ MAX_STAGES = 5
 MAX_CLUSTERS = 128
 MOST_SLAB_CHUNKS = 2
 """Up to so many chunks of 128 channels the weights of a slab of columns stay in shared memory."""
-HEIGHTS = {128: 100, 192: 150, 256: None}
+HEIGHTS = {128: 100, 192: 200, 272: math.inf}
 """Heights of tiles, each with the most rows of an expert, on average, up to which it is the default; from 20 to
-290 rows were measured (experiments/2026-11-27_uniform_registers)."""
+290 rows were measured (experiments/2026-11-28_prefill_steps)."""
+LEAST_STAGES = 4
+"""A height whose ring has fewer is not offered."""
 SLAB_COLUMNS = (256, 512, 384, 128)
 """Of a slab, the best first: 256 beat 512 by up to 6 %, or tie (experiments/2026-11-27_prefill_tiles)."""
+ZEROED_COLUMNS = 512
+"""Of `out`, by the up phase; the down phase by slabs zeroes the others. At least one slab."""
 JOB_ROWS = 448
 MAX_HIDDEN_SIZE = 32_640
 """Keeps x_q of 131072 tokens under 2^32 bytes."""
@@ -60,7 +65,8 @@ class _UpParams(ctypes.Structure):
         ("destination", ctypes.c_uint64),
         ("jobs", ctypes.c_uint64),
         ("out", ctypes.c_uint64),
-        ("num_out_bytes", ctypes.c_uint64),
+        ("num_out_rows", ctypes.c_uint32),
+        ("zeroed_row_bytes", ctypes.c_uint32),
         ("form", activation_form.ActivationForm),
         ("routed_scaling_factor", ctypes.c_float),
         ("top_k", ctypes.c_uint32),
@@ -79,9 +85,11 @@ class _DownParams(ctypes.Structure):
         ("destination", ctypes.c_uint64),
         ("jobs", ctypes.c_uint64),
         ("ticket_counter", ctypes.c_uint64),
+        ("zeroed", ctypes.c_uint64),
         ("out", ctypes.c_uint64),
         ("num_h_rows", ctypes.c_uint32),
-        ("padding", ctypes.c_uint8 * 4),  # the kernel's struct is aligned to 64 bytes
+        ("num_tokens", ctypes.c_uint32),
+        ("padding", ctypes.c_uint8 * 56),  # the kernel's struct is aligned to 64 bytes
     )
 
 
@@ -103,11 +111,12 @@ class _DownWideParams(ctypes.Structure):
 
 def grouped_smem_bytes(block_m: int, num_k: int, num_stages: int, epilogue: int) -> int:
     """Size of a grouped product's SharedStorage with so many bytes for its epilogue, from above."""
-    stage = 2 * 128 * 128 + block_m * (128 + 2 * 4) + 16  # weights, rows and scales, two barriers
-    zeroing = 2048 + 128
+    slots = -(-block_m // 16) * 16
+    stage = 2 * 128 * 128 + block_m * 128 + 2 * slots * 4 + 16  # weights, rows and scales, two barriers
+    zeroing = 1024 + 128
     tables = (num_stages + 2) * 24 + num_stages * 4 + 2 * block_m * 4 + block_m * 16 + 4 * num_k * 4
     share = (MAX_CLUSTERS + 1) * 4 + 48
-    return -(-(num_stages * stage + zeroing + tables + 32) // 1024) * 1024 + -(-(share + epilogue + 16) // 1024) * 1024
+    return num_stages * stage + zeroing + tables + share + epilogue + 512  # what alignment takes
 
 
 def up_smem_bytes(block_m: int, num_k: int, num_stages: int) -> int:
@@ -124,6 +133,14 @@ def down_smem_bytes(num_chunks: int) -> int:
 def most_stages(block_m: int, num_k: int) -> int:
     """The deepest ring that fits the up kernel, at most MAX_STAGES; 0 if none does."""
     return next((n for n in range(MAX_STAGES, 1, -1) if up_smem_bytes(block_m, num_k, n) <= SMEM_BYTES), 0)
+
+
+def heights(shape: MoEShape) -> dict[int, float]:
+    """Those of HEIGHTS that `shape` leaves shared memory for."""
+    num_k = max(shape.hidden_size, shape.intermediate_size) // GROUP_SIZE
+    return {
+        height: most for height, most in HEIGHTS.items() if most_stages(height // CLUSTER_SIZE, num_k) >= LEAST_STAGES
+    }
 
 
 def num_h_rows(num_choices: int, num_experts: int) -> int:
@@ -185,6 +202,7 @@ def _compile_down(shape: MoEShape, config: Config, deterministic: bool) -> tuple
         "NUM_WARPGROUPS": config.integer("num_warpgroups"),
         "BLOCK_N": config.integer("block_n"),
         "SLAB_COLUMNS": config.integer("slab_columns"),
+        "ZEROED_COLUMNS": ZEROED_COLUMNS,
         "DETERMINISTIC": int(deterministic),
         "SMEM_BYTES": num_bytes,
         "PARAMS_BYTES": ctypes.sizeof(_DownParams),
@@ -225,6 +243,8 @@ def handed_over(
     """What the kernels of one call hand each other: bytes of parts that are zero before the first, and of others."""
     num_chunks, h_rows = shape.intermediate_size // GROUP_SIZE, num_h_rows(num_choices, shape.num_experts)
     zeroed = {"ticket_counter": 16, "up_written": FLAG_BYTES, "down_written": FLAG_BYTES}
+    if not is_wide(shape):
+        zeroed["zeroed"] = -(-shape.hidden_size // GROUP_SIZE // 4) * 16  # a counter for each of the narrowest slabs
     others = {
         "part_sums": num_clusters * max_rows * 1024,
         "jobs": 16 * (1 + job_capacity(num_choices, shape.num_experts)),
@@ -254,10 +274,14 @@ def _make_call(prepared: Prepared, key: tuple[int, tiled_inputs.Given, Config]) 
     up = _UpParams.from_buffer_copy(prepared.up_params)
     down = type(prepared.down_params).from_buffer_copy(prepared.down_params)
     up.num_h_rows = down.num_h_rows = num_h_rows(num_choices, shape.num_experts)
-    up.num_out_bytes = 0 if prepared.deterministic else num_out_bytes
-    num_down_ctas = down_kernel.max_clusters
-    if is_wide(shape):
+    up.num_out_rows = 0 if prepared.deterministic else num_tokens
+    if isinstance(down, _DownWideParams):
+        up.zeroed_row_bytes = shape.hidden_size * 2
         num_down_ctas = min(down_kernel.max_clusters, num_clusters) * CLUSTER_SIZE
+    else:
+        up.zeroed_row_bytes = min(shape.hidden_size, ZEROED_COLUMNS) * 2
+        down.num_tokens = num_tokens
+        num_down_ctas = down_kernel.max_clusters
     up_launch = up_kernel.bind(up, num_clusters * CLUSTER_SIZE, overlap_previous=True)
     down_launch = down_kernel.bind(down, num_down_ctas, overlap_previous=True)
     launches = [
@@ -298,10 +322,11 @@ class SM90Prefill(Variant):
         """The default by the expected rows of an expert, then the other heights of tiles, the nearest first, then the
         other down phases."""
         rows = shape.expected_rows(num_tokens)
-        first = next(height for height, most in HEIGHTS.items() if most is None or rows <= most)
-        heights = sorted(HEIGHTS, key=lambda height: abs(height - first))
+        offered = heights(shape)
+        first = next((height for height, most in offered.items() if rows <= most), max(offered))
+        nearest = sorted(offered, key=lambda height: abs(height - first))
         for down in downs(shape):
-            for max_rows in heights:
+            for max_rows in nearest:
                 yield Config(max_rows=max_rows, **down)
 
     def prepare(self, weights: MoEWeights) -> Prepared:

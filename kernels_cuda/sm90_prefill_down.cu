@@ -6,18 +6,23 @@
 // stay in shared memory while blocks of 64 rows pass through. Warpgroups take blocks in turn; CTAs take jobs by tickets,
 // larger ones first. Slabs of 256 columns do best: half of the weights of 512, so that those of more jobs are on their way.
 //
+// `out` is zeroed slab by slab, not long before it is added to: zeros that wait for the additions in L2 need not go to
+// memory and come back. The first slabs were zeroed by the up phase; when a CTA comes to a slab, one of its warps zeroes
+// its part of a later one. A CTA begins a slab when all have zeroed their parts, which they do whatever they wait for.
+//
 // Weight rows are so ordered in shared memory that a thread's sums are 8 adjacent columns, and two lanes swap halves of two
 // rows so that 8 lanes add to 128 adjacent bytes.
 //
-// On an H200, dsv3_tp8: 270 us at M=4096, 453 at M=8192, where it adds 1.06 GB, held by the traffic between the halves of L2:
-// experiments/2026-11-23_prefill, and 2026-11-27_prefill_tiles for the slabs.
+// On an H200, dsv3_tp8: 280 us at M=4096, 481 at M=8192, where it adds 1.06 GB, held by the traffic between the halves of L2:
+// experiments/2026-11-23_prefill, 2026-11-27_prefill_tiles for the slabs, 2026-11-28_prefill_steps for the zeros.
 //
 // Set by the compiler's command line: HIDDEN_SIZE, NUM_CHUNKS (intermediate size / 128: 1 or 2), NUM_WARPGROUPS that
-// multiply (2, 3), BLOCK_N (64, 128) columns of a product, SLAB_COLUMNS (128..512), DETERMINISTIC (a row for each choice is
-// stored instead of added to `out`), and what the launcher passes: SMEM_BYTES of shared memory and PARAMS_BYTES of
+// multiply (2, 3), BLOCK_N (64, 128) columns of a product, SLAB_COLUMNS (128..512), ZEROED_COLUMNS that the up phase has
+// zeroed, DETERMINISTIC (a row for each choice is stored instead of added to `out`), and what the launcher passes: SMEM_BYTES of shared memory and PARAMS_BYTES of
 // parameters.
 #include "cluster.cuh"
 #include "copy.cuh"
+#include "exchange.cuh"
 #include "mbarrier.cuh"
 #include "numeric.cuh"
 #include "registers.cuh"
@@ -34,6 +39,7 @@ constexpr uint32_t kQuarter = 128;                    // columns that one slot o
 constexpr uint32_t kNumQuarters = kHiddenSize / kQuarter;
 constexpr uint32_t kQuarters = SLAB_COLUMNS / kQuarter;   // of a slab
 constexpr uint32_t kNumSlabs = kNumQuarters / kQuarters;
+constexpr uint32_t kSlabsZeroedBefore = DETERMINISTIC ? kNumSlabs : ZEROED_COLUMNS / SLAB_COLUMNS;
 constexpr uint32_t kStepsPerQuarter = kQuarter / kBlockN;
 constexpr uint32_t kBlockRows = 64;                   // the M of a wgmma
 constexpr uint32_t kQuarterBytes = kQuarter * kTileK; // of one chunk
@@ -60,9 +66,11 @@ struct Params {
     const uint32_t* destination;
     const int4* jobs;  // see prefill_jobs.cuh
     uint32_t* ticket_counter;  // 0 at the start
+    uint32_t* zeroed;  // [slabs]: CTAs that have zeroed their part, 0 at the start
     uint16_t* out;
     uint32_t num_h_rows;
-    uint8_t padding[4];  // alignment
+    uint32_t num_tokens;
+    uint8_t padding[56];  // alignment
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "the launcher's struct differs");
 
@@ -85,6 +93,7 @@ struct SharedStorage {
     uint64_t weights_empty[kNumSlots];
     uint64_t block_full[kNumBlocks];
     uint64_t block_empty[kNumBlocks];
+    uint32_t begun_slab;  // the last that the loader has come to; kNumSlabs at its end
 };
 static_assert(sizeof(SharedStorage) <= SMEM_BYTES, "the launcher reserves too little shared memory");
 
@@ -93,7 +102,6 @@ struct Loader {
     const Params& p;
     SharedStorage& shared;
     const uint32_t num_jobs, num_tickets;
-    const uint64_t policy = evict_first_policy();
     RingPosition<kNumBlocks> ring;
     uint32_t next_slot = 0;
     uint32_t first_warpgroup = 0;  // that gets the next job's first block
@@ -122,7 +130,7 @@ struct Loader {
         const uint32_t row = job.rows.x * kHiddenSize + (job.slab * kQuarters + quarter) * kQuarter;
 #pragma unroll
         for (uint32_t chunk = 0; chunk < kNumChunks; ++chunk)
-            tma_load_5d(shared.weights[slot][chunk], p.w2, full, chunk * kTileK, 0, 0, 0, row / 32, policy);
+            tma_load_5d(shared.weights[slot][chunk], p.w2, full, chunk * kTileK, 0, 0, 0, row / 32, evict_first_policy());
     }
 
     // Block `index` of those that the warpgroups take in turn; num_blocks is a multiple of their number.
@@ -151,10 +159,16 @@ struct Loader {
         ring.advance();
     }
 
+    __device__ __forceinline__ void begin(uint32_t slab) {
+        exchange::raise(shared.begun_slab, slab);
+        if (slab >= kSlabsZeroedBefore) exchange::await_count(p.zeroed + slab, gridDim.x);
+    }
+
     __device__ __forceinline__ void run() {
         uint32_t ticket = blockIdx.x, next_ticket = take();
         Job current = job(ticket);
         while (ticket < num_tickets) {
+            if (current.slab != shared.begun_slab) begin(current.slab);
             const uint32_t ticket_after = take();
             const Job next = job(next_ticket);
             const uint32_t blocks_in_job = ceil_div(static_cast<uint32_t>(current.rows.z), kBlockRows);
@@ -169,10 +183,34 @@ struct Loader {
             first_warpgroup = (first_warpgroup + blocks_in_job) % kNumWarpgroups;
             ticket = next_ticket, next_ticket = ticket_after, current = next;
         }
+        exchange::raise(shared.begun_slab, kNumSlabs);
         for (uint32_t warpgroup = 0; warpgroup < kNumWarpgroups; ++warpgroup, ring.advance()) {
             mbarrier::wait(shared.block_empty[ring.stage], ring.parity ^ 1);
             shared.block[ring.stage].num_rows = Block::kEnd;
             mbarrier::arrive(shared.block_full[ring.stage]);
+        }
+    }
+};
+
+// One warp.
+struct Zeroing {
+    const Params& p;
+    SharedStorage& shared;
+
+    __device__ __forceinline__ void run() const {
+        constexpr uint32_t kVectors = kQuarters * kQuarter / 8;  // of 8 columns, in a row of a slab
+        const uint32_t part = ceil_div(p.num_tokens, gridDim.x), first = min(part * blockIdx.x, p.num_tokens);
+        const uint32_t num_rows = min(part, p.num_tokens - first);
+#pragma unroll 1
+        for (uint32_t slab = kSlabsZeroedBefore; slab < kNumSlabs; ++slab) {
+            exchange::await_raised(shared.begun_slab, slab - kSlabsZeroedBefore);
+            uint16_t* row = p.out + static_cast<uint64_t>(first) * kHiddenSize + slab * kQuarters * kQuarter;
+#pragma unroll 2
+            for (uint32_t i = 0; i < num_rows; ++i, row += kHiddenSize)
+                for (uint32_t vector = threadIdx.x % 32; vector < kVectors; vector += 32)
+                    *reinterpret_cast<uint4*>(row + vector * 8) = make_uint4(0, 0, 0, 0);
+            __syncwarp();
+            if (threadIdx.x % 32 == 0) exchange::count(p.zeroed + slab);
         }
     }
 };
@@ -345,6 +383,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) sm90_prefill_down(c
     if (threadIdx.x == 0) {
         if (shared_address(shared_bytes) % 1024 != 0) __trap();  // the swizzle counts from 1024-byte boundaries
         prefetch_tensor_map(p.w2);
+        shared.begun_slab = 0;
         for (uint32_t slot = 0; slot < kNumSlots; ++slot) {
             mbarrier::init(shared.weights_full[slot], 1);
             mbarrier::init(shared.weights_empty[slot], kNumWarpgroups * 4 * mbarrier::kArrivalsPerWarp);
@@ -361,6 +400,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) sm90_prefill_down(c
     if (threadIdx.x >= kNumMathThreads) {
         registers::decrease<kProducerRegisters>();
         if (threadIdx.x == kNumMathThreads) Loader(p, shared).run();
+        if (threadIdx.x / 32 == kNumMathThreads / 32 + 1) Zeroing{p, shared}.run();
     } else {
         registers::increase<kMathRegisters>();
         Math(p, shared).run();

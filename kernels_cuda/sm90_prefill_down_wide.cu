@@ -62,10 +62,11 @@ struct Operands {
     __device__ __forceinline__ uint32_t source_row(const Tile& tile, uint32_t row) const {
         return first_h_row(tile.expert, tile.first_row) + row;
     }
-    __device__ __forceinline__ const uint8_t* row_piece(uint32_t row, uint32_t piece, uint32_t k) const {
-        return p.h + k * k_stride() + static_cast<uint64_t>(row) * kGroupSize + (piece ^ row % 8) * 16;
+    __device__ __forceinline__ const uint4* pieces() const { return reinterpret_cast<const uint4*>(p.h); }
+    __device__ __forceinline__ uint32_t row_piece(uint32_t row, uint32_t piece, uint32_t k) const {
+        return k * k_stride() + row * (kGroupSize / 16) + (piece ^ row % 8);
     }
-    __device__ __forceinline__ uint64_t k_stride() const { return static_cast<uint64_t>(p.num_h_rows) * kGroupSize; }
+    __device__ __forceinline__ uint32_t k_stride() const { return p.num_h_rows * (kGroupSize / 16); }
     __device__ __forceinline__ const float* row_scale(uint32_t row) const {
         return p.h_scale + static_cast<uint64_t>(row) * kNumK;
     }
@@ -74,9 +75,9 @@ struct Operands {
         return p.w2_scale + static_cast<uint64_t>(expert * kNumColumnBlocks + block) * kNumK;
     }
     __device__ __forceinline__ void load_weights(uint8_t* target, uint64_t& full, uint32_t expert, uint32_t group, uint32_t k,
-                                                 uint32_t half) const {
+                                                 uint32_t half, uint64_t policy) const {
         const uint32_t rows_of_16 = (expert * kHiddenSize + group * kColumns + half * kGroupSize) / 16;
-        tma_multicast_4d(target, p.w2, full, k * kTileK, 0, 0, rows_of_16, 0b11);
+        tma_multicast_4d(target, p.w2, full, k * kTileK, 0, 0, rows_of_16, 0b11, policy);
     }
 };
 
@@ -86,9 +87,8 @@ struct Addition {
 
     // Where row `row` of this CTA's part of the tile goes; null if there is none.
     __device__ __forceinline__ uint16_t* target(const PieceOfTile& piece, uint32_t row) const {
-        const uint32_t rows = rows_per_cta(piece.num_rows), tile_row = cluster::cta_rank() * rows + row;
-        if (row >= rows || tile_row >= piece.num_rows) return nullptr;
-        return p.out + static_cast<uint64_t>(p.destination[piece.first_h_row + tile_row]) * kHiddenSize +
+        if (row >= piece.rows_of_cta()) return nullptr;
+        return p.out + static_cast<uint64_t>(p.destination[piece.first_h_row + piece.first_of_cta() + row]) * kHiddenSize +
                piece.column * kColumns;
     }
 
@@ -104,26 +104,24 @@ struct Addition {
     }
 
     // A lane has two adjacent columns of four rows. Four lanes swap, and each has 8 columns of one.
-    struct Nothing {};
-    __device__ __forceinline__ Nothing ahead(const PieceOfTile&) const { return {}; }
-
-    template <uint32_t kRows>
-    __device__ __forceinline__ void finish(const PieceOfTile& piece, Nothing, float (&first)[kRows / 2],
-                                           float (&second)[kRows / 2]) {
+    template <uint32_t kCount>
+    __device__ __forceinline__ void finish(const PieceOfTile& piece, uint32_t rows, const float (&first)[kCount],
+                                           const float (&second)[kCount]) {
         const uint32_t thread = registers::thread_index(), lane = thread % 32;
         const bool odd = lane & 4, upper = lane & 8;
         const uint32_t column = thread / 32 * 16 + lane / 16 * 8;
 #pragma unroll
-        for (uint32_t i = 0; i < ceil_div(kRows, 16u); ++i) {
+        for (uint32_t i = 0; i < ceil_div(kCount, 8u); ++i) {
+            if (16 * i >= rows) break;
             uint16_t* const row = target(piece, 16 * i + 8 * upper + 2 * (lane % 4) + odd);
 #pragma unroll
             for (uint32_t half = 0; half < 2; ++half) {
-                const float(&sum)[kRows / 2] = half == 0 ? first : second;
+                const float(&sum)[kCount] = half == 0 ? first : second;
                 uint32_t pairs[4];
 #pragma unroll
                 for (uint32_t j = 0; j < 4; ++j) {
                     const uint32_t at = 8 * i + 4 * (j / 2) + j % 2;
-                    pairs[j] = at < kRows / 2 ? pack_bf16x2(sum[at], sum[at + 2]) : 0u;
+                    pairs[j] = at < kCount ? pack_bf16x2(sum[at], sum[at + 2]) : 0u;
                 }
                 uint2 own[2];  // 4 columns of two rows
 #pragma unroll
@@ -140,33 +138,6 @@ struct Addition {
             }
         }
     }
-
-    // Thread (warp w, lane l) has rows 16 w + l / 4 and the one 8 below, and of each 16 columns 4 (l % 4) and three more. Two
-    // lanes swap, and each has 8 columns of one row.
-    __device__ __forceinline__ void finish_tall(const PieceOfTile& piece, const float (&first)[kTallRows / 2],
-                                                const float (&second)[kTallRows / 2]) {
-        const uint32_t thread = registers::thread_index(), lane = thread % 32;
-        const bool odd = lane & 1;
-        uint16_t* const row = target(piece, thread / 32 * 16 + lane / 4 + 8 * odd);
-#pragma unroll
-        for (uint32_t half = 0; half < 2; ++half) {
-            const float(&sum)[kTallRows / 2] = half == 0 ? first : second;
-#pragma unroll
-            for (uint32_t i = 0; i < kGroupSize / 16; ++i) {
-                uint2 own[2];
-#pragma unroll
-                for (uint32_t h = 0; h < 2; ++h) {
-                    const uint32_t at = 8 * i + 2 * h;
-                    own[h] = make_uint2(pack_bf16x2(sum[at], sum[at + 4]), pack_bf16x2(sum[at + 1], sum[at + 5]));
-                }
-                const uint2 sent = odd ? own[0] : own[1], kept = odd ? own[1] : own[0];
-                const uint2 other = make_uint2(__shfl_xor_sync(~0u, sent.x, 1), __shfl_xor_sync(~0u, sent.y, 1));
-                if (within(piece.column, half))
-                    add(row, half * kGroupSize + 16 * i + lane % 4 / 2 * 8,
-                        odd ? make_uint4(other.x, other.y, kept.x, kept.y) : make_uint4(kept.x, kept.y, other.x, other.y));
-            }
-        }
-    }
 };
 
 extern "C" __global__ void __launch_bounds__(kNumThreads, 1) sm90_prefill_down_wide(const __grid_constant__ Params p) {
@@ -178,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) sm90_prefill_down_w
         init_ring(shared.load);
         mbarrier::fence_init();
     }
-    shared.load.zeroing.init(nullptr, 0);
+    shared.load.zeroing.init(nullptr, 0, 0, 0);
     cluster::sync();
 
     grid_dependency::wait();
@@ -186,7 +157,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) sm90_prefill_down_w
     const Operands operands{p, p.tiles[0].expert};
     // A share waits only for later ones: they are the earlier CTAs, which are never held up by this one.
     const uint32_t num_shares = gridDim.x / kClusterSize;
-    find_share<Cost<kNumK, kTall>, !kDeterministic, kNumThreads>(
+    find_share<Cost<kNumK>, !kDeterministic, kNumThreads>(
         shared.share, shared.tail, num_shares - 1 - blockIdx.x / kClusterSize, num_shares, operands.num_tiles * kNumGroups,
         [&](uint32_t item) { return operands.tile(item).num_rows; });
     if (threadIdx.x >= kNumMathThreads) {

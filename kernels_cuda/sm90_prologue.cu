@@ -23,7 +23,7 @@ constexpr uint32_t kLargeCluster = 8;
 constexpr uint32_t kExpertsPerThread = 2;
 constexpr uint32_t kMaxExperts = kExpertsPerThread * kNumThreads;
 constexpr uint32_t kRowStep = 8;          // tiles differ in height by multiples of this
-constexpr uint32_t kMaxHeights = 32;      // one lane each
+constexpr uint32_t kMaxHeights = 64;      // two for each lane
 constexpr uint32_t kChoicesInFlight = 8;  // loads ahead of the first use, per thread
 constexpr uint32_t kGroupsInFlight = 2;
 
@@ -151,7 +151,7 @@ struct Cut {
     }
     __device__ __forceinline__ uint32_t packed() const { return num_tiles << 6 | height / kRowStep; }
     static __device__ __forceinline__ uint32_t tiles_as_high(uint32_t packed, uint32_t height) {
-        return packed % 64 == height ? packed >> 6 : 0u;
+        return packed % kMaxHeights == height ? packed >> 6 : 0u;
     }
 };
 
@@ -190,19 +190,24 @@ __device__ __forceinline__ void write_tiles(const Params& p, SharedStorage& shar
     rank_tiles(p, shared);
     __syncthreads();
 
-    const uint32_t lane_height = kMaxHeights - threadIdx.x % 32;  // lane 0 has the greatest
-    const uint32_t num_tiles = lane_height <= p.max_rows / kRowStep ? shared.tiles_of_height[lane_height] : 0u;
+    const auto tiles_of = [&](uint32_t height) { return height <= p.max_rows / kRowStep ? shared.tiles_of_height[height] : 0u; };
+    const uint32_t higher_height = kMaxHeights - 1 - 2 * (threadIdx.x % 32);  // lane 0 has the greatest
+    const uint32_t higher_tiles = tiles_of(higher_height);
+    const uint32_t num_tiles = higher_tiles + (higher_height > 1 ? tiles_of(higher_height - 1) : 0u);
     const uint32_t sum = inclusive_sum_of_warp(num_tiles);
     if (blockIdx.x == 0 && threadIdx.x == 31) p.tiles[0] = make_int4(sum, num_rows, 0, 0);
 #pragma unroll
     for (uint32_t i = 0; i < kExpertsPerThread; ++i) {
         const uint32_t expert = first_expert + i;
         const Cut cut(count[i], p.max_rows);
-        const uint32_t before = __shfl_sync(~0u, sum - num_tiles, (kMaxHeights - cut.height / kRowStep) % 32);
+        const uint32_t index_of_height = (kMaxHeights - 1 - cut.height / kRowStep) % kMaxHeights;
+        uint32_t before = __shfl_sync(~0u, sum - num_tiles, index_of_height / 2);
+        const uint32_t higher = __shfl_sync(~0u, higher_tiles, index_of_height / 2);
+        if (index_of_height % 2 == 1) before += higher;
         int4* const tiles = p.tiles + 1 + before + (cut.num_tiles > 0 ? shared.first_tile[expert] : 0u);
         for (uint32_t index = blockIdx.x; index < cut.num_tiles; index += p.num_routing_ctas) {
             const uint32_t start = index * cut.height;
-            tiles[index] = make_int4(expert, first_slot[i] + start, min(cut.height, count[i] - start), 0);
+            tiles[index] = make_int4(expert, first_slot[i] + start, min(cut.height, count[i] - start), cut.num_tiles);
         }
     }
 }

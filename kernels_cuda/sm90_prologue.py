@@ -19,7 +19,7 @@ from workbench.errors import InputError
 KERNEL = "sm90_prologue"
 NUM_THREADS = 512
 MAX_EXPERTS = 1024
-MAX_TILE_ROWS = 256
+MAX_TILE_ROWS = 504
 GROUPS_PER_CTA = NUM_THREADS // 8
 VECTOR_BYTES = 16
 LARGE_CLUSTER = 8
@@ -84,7 +84,7 @@ def tile_parts(num_choices: int, num_experts: int, max_rows: int) -> dict[str, i
     """Bytes of TiledRouting's tensors for any tiles of `num_choices` choices, as reference.routing.tile_rows sizes
     them.
 
-    Raises InputError unless `max_rows` is a multiple of 8 in 8..256.
+    Raises InputError unless `max_rows` is a multiple of 8 in 8..504.
     """
     if max_rows % 8 or not 8 <= max_rows <= MAX_TILE_ROWS:
         raise InputError(f"max_rows: expected a multiple of 8 in 8..{MAX_TILE_ROWS}, got {max_rows}")

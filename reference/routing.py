@@ -36,7 +36,7 @@ class TiledRouting:
     """int32 [M * top_k]: choices grouped by ascending expert; undefined past those with an expert on this rank."""
     tiles: torch.Tensor
     """int32 [1 + capacity, 4]: (number of tiles, number of rows, 0, 0), then for each tile (expert, first row in
-    `sorted_choices`, number of rows, 0); undefined past those."""
+    `sorted_choices`, number of rows, number of tiles of the expert); undefined past those."""
     max_rows: int
 
 
@@ -128,7 +128,8 @@ def tile_rows(topk_ids: torch.Tensor, max_rows: int, num_experts: int) -> TiledR
     sorted_choices[: len(choices)] = choices.int()
     tiles = torch.zeros(1 + tile_capacity(num_choices, max_rows, num_experts), 4, dtype=torch.int32, device=device)
     tiles[0, :2] = torch.tensor([len(order), len(choices)])
-    tiles[1 : 1 + len(order), :3] = torch.stack((experts[order], first_row[order], num_rows[order]), dim=1).int()
+    columns = torch.stack((experts, first_row, num_rows, num_tiles[experts]), dim=1)
+    tiles[1 : 1 + len(order)] = columns[order].int()
     return TiledRouting(sorted_choices, tiles, max_rows)
 
 

@@ -164,7 +164,15 @@ def test_deterministic_stream_gives_the_same_bits_under_any_interleaving_and_in_
 
 @pytest.mark.parametrize(
     ("num_tokens", "top_k", "num_experts", "max_rows", "dropped"),
-    [(1, 9, 257, 8, 0.0), (3, 4, 5, 8, 0.4), (64, 10, 512, 64, 0.4), (5, 2, 8, 8, 1.0), (300, 8, 40, 128, 0.0)],
+    [
+        (1, 9, 257, 8, 0.0),
+        (3, 4, 5, 8, 0.4),
+        (64, 10, 512, 64, 0.4),
+        (5, 2, 8, 8, 1.0),
+        (300, 8, 40, 128, 0.0),
+        (700, 3, 5, 272, 0.3),
+        (1021, 3, 6, 504, 0.0),  # the highest tiles there may be, about one each
+    ],
 )
 def test_prologue_groups_quantises_and_fills(num_tokens, top_k, num_experts, max_rows, dropped):
     generator = torch.Generator().manual_seed(0)

@@ -14,16 +14,17 @@ def round_up_to_8(rows: int) -> int:
 
 
 def tiles_one_by_one(ids: list[int], max_rows: int, num_experts: int) -> list[tuple[int, int, int, int]]:
-    """(expert, first row, number of rows, 0), by cutting each expert's rows in turn; experts with high tiles first."""
+    """(expert, first row, rows, tiles of the expert), by cutting each expert's rows in turn; experts with high ones first."""
     tiles_by_height: dict[int, list[tuple[int, int, int, int]]] = {}
     first_row = 0
     for expert in range(num_experts):
         end = first_row + ids.count(expert)
         wanted = -(-(end - first_row) // max_rows)
         height = round_up_to_8(-(-(end - first_row) // wanted)) if wanted else 8
+        num_tiles = -(-(end - first_row) // height)
         while first_row < end:
             num_rows = min(height, end - first_row)
-            tiles_by_height.setdefault(height, []).append((expert, first_row, num_rows, 0))
+            tiles_by_height.setdefault(height, []).append((expert, first_row, num_rows, num_tiles))
             first_row += num_rows
     return [tile for _, tiles in sorted(tiles_by_height.items(), reverse=True) for tile in tiles]
 
@@ -61,5 +62,5 @@ def test_the_capacity_is_reached() -> None:
 def test_an_example_written_out() -> None:
     topk_ids = torch.tensor([[1] * 20 + [0] * 3 + [-1]], dtype=torch.int32)
     tiled = tile_rows(topk_ids, max_rows=16, num_experts=3)
-    assert tiled.tiles[:4].tolist() == [[3, 23, 0, 0], [1, 3, 16, 0], [1, 19, 4, 0], [0, 0, 3, 0]]
+    assert tiled.tiles[:4].tolist() == [[3, 23, 0, 0], [1, 3, 16, 2], [1, 19, 4, 2], [0, 0, 3, 1]]
     assert tiled.sorted_choices[:23].tolist() == [20, 21, 22, *range(20)]

@@ -22,6 +22,12 @@ __device__ __forceinline__ void tma_load_5d(void* destination, const TensorMap& 
         : "memory");
 }
 
+__device__ __forceinline__ uint64_t evict_normal_policy() {
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
 // For data that is read once: it leaves L2 before anything else does.
 __device__ __forceinline__ uint64_t evict_first_policy() {
     uint64_t policy;
@@ -67,22 +73,22 @@ __device__ __forceinline__ void bulk_load(void* destination, const void* source,
 }
 
 // One box of a 2- or 4-dimensional tensor map into every CTA of the cluster that `cta_mask` names, at the same shared
-// address; it completes its bytes on the barrier of each.
+// address, with an L2 cache policy; it completes its bytes on the barrier of each.
 __device__ __forceinline__ void tma_multicast_2d(void* destination, const TensorMap& map, uint64_t& barrier,
-                                                 int32_t column, int32_t row, uint16_t cta_mask) {
+                                                 int32_t column, int32_t row, uint16_t cta_mask, uint64_t policy) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-        "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(destination)),
-        "l"(&map), "r"(shared_address(&barrier)), "r"(column), "r"(row), "h"(cta_mask)
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
+        "[%0], [%1, {%3, %4}], [%2], %5, %6;" ::"r"(shared_address(destination)),
+        "l"(&map), "r"(shared_address(&barrier)), "r"(column), "r"(row), "h"(cta_mask), "l"(policy)
         : "memory");
 }
 
 __device__ __forceinline__ void tma_multicast_4d(void* destination, const TensorMap& map, uint64_t& barrier, int32_t c0,
-                                                 int32_t c1, int32_t c2, int32_t c3, uint16_t cta_mask) {
+                                                 int32_t c1, int32_t c2, int32_t c3, uint16_t cta_mask, uint64_t policy) {
     asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-        "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(destination)),
-        "l"(&map), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"(cta_mask)
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
+        "[%0], [%1, {%3, %4, %5, %6}], [%2], %7, %8;" ::"r"(shared_address(destination)),
+        "l"(&map), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"(cta_mask), "l"(policy)
         : "memory");
 }
 
@@ -103,14 +109,14 @@ __device__ __forceinline__ void prefetch_tensor_map(const TensorMap& map) {
 }
 
 // 16 bytes past L1; writes zeros instead when `valid` is false (source must still be an address of the same array).
-__device__ __forceinline__ void cp_async_16(uint32_t shared_destination, const void* source, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_destination), "l"(source),
-                 "r"(valid ? 16 : 0)
-                 : "memory");
+__device__ __forceinline__ void cp_async_16(uint32_t shared_destination, const void* source) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_destination), "l"(source) : "memory");
 }
 
 __device__ __forceinline__ void cp_async_16(void* destination, const void* source, bool valid) {
-    cp_async_16(shared_address(destination), source, valid);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(destination)), "l"(source),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
 }
 
 // 4 bytes through L1, for values that lie beside each other and are fetched one step after another.

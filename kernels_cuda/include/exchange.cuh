@@ -112,6 +112,34 @@ __device__ __noinline__ void await(const uint32_t* flag) {
     __trap();
 }
 
+// One thread, for what its warp wrote before a __syncwarp().
+__device__ __forceinline__ void count(uint32_t* counter) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+
+// One thread: until `counter` has come to `total`. Traps if it does not.
+__device__ __forceinline__ void await_count(const uint32_t* counter, uint32_t total) {
+#pragma unroll 1
+    for (uint32_t poll = 0; poll < kMaxPolls; ++poll) {
+        uint32_t value;
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+        if (value == total) return;
+    }
+    __trap();
+}
+
+// A word of shared memory that one thread raises, and whole warps without anything to do until then wait for.
+__device__ __forceinline__ void raise(uint32_t& word, uint32_t value) { atomicExch(&word, value); }
+
+__device__ __forceinline__ void await_raised(uint32_t& word, uint32_t least) {
+#pragma unroll 1
+    for (uint32_t poll = 0; poll < kMaxPolls; ++poll) {
+        if (atomicAdd(&word, 0u) >= least) return;
+        __nanosleep(200);
+    }
+    __trap();
+}
+
 // For the first num_flags of up to 4 flags that lie beside each other, by each thread that reads. Not inlined either.
 __device__ __noinline__ void await(const uint4* flags, uint32_t num_flags) {
 #pragma unroll 1

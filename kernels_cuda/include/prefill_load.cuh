@@ -7,11 +7,12 @@
 //     kNumK                                     steps of K
 //     tile(item), column(item)                  the tile of an item and which 256 weight rows it multiplies
 //     source_row(tile, row)                     where row `row` of the tile lies
-//     row_piece(source_row, piece, k)           its 16-byte piece `piece` of step k
+//     pieces()                                  16-byte pieces: all rows, all steps
+//     row_piece(source_row, piece, k)           the number among them of a row's piece `piece` of step k
 //     k_stride()                                from there to that of step k + 1
 //     row_scale(source_row)                     its scales, one for each step
 //     weight_scale(expert, column, half)        those of the first or second 128 weight rows, one for each step
-//     load_weights(target, full, expert, column, k, half)   multicast of 128 weight rows
+//     load_weights(target, full, expert, column, k, half, policy)   multicast of 128 weight rows
 #pragma once
 #include "cluster.cuh"
 #include "copy.cuh"
@@ -28,60 +29,78 @@ constexpr uint32_t kNumMathThreads = 256;
 constexpr uint32_t kNumMathWarps = kNumMathThreads / 32;
 constexpr uint32_t kNumLoadThreads = 128;
 constexpr uint32_t kNumThreads = kNumMathThreads + kNumLoadThreads;
+constexpr uint32_t kRowsPerLoadThread = ceil_div(kBlockM, kNumLoadThreads);  // whose scales it has
 constexpr uint32_t kMathBarrier = 1;
 constexpr uint32_t kLoadBarrier = 2;
 constexpr uint32_t kClusterSize = 2;
-constexpr uint32_t kZeroBytes = 2048;
+constexpr uint32_t kZeroBytes = 1024;
 constexpr uint32_t kNumPieces = kNumStages + 2;  // one that is finished, one in each stage, the one being written
 
-static_assert(kBlockM % 16 == 0, "scales lie in groups of 16");
-static_assert(kBlockM <= kNumLoadThreads, "a load thread has the scales of one row");
+constexpr uint32_t kScaleSlots = ceil_div(kBlockM, 16u) * 16;  // scales lie in groups of 16
+
+static_assert(kBlockM % 8 == 0, "rows are swizzled by 8");
 
 // What consumers need of a piece; ready with the stage of its first step. num_rows 0: there are no more.
 struct PieceOfTile {
     uint32_t first_row, first_h_row, num_rows, column, first_k, last_k;
+
+    // This CTA's rows.
+    __device__ __forceinline__ uint32_t first_of_cta() const { return cluster::cta_rank() * rows_per_cta(num_rows); }
+    __device__ __forceinline__ uint32_t rows_of_cta() const {
+        const uint32_t first = first_of_cta();
+        return num_rows <= first ? 0u : min(num_rows - first, rows_per_cta(num_rows));
+    }
 };
 
-// Zeros written from shared memory beside other work, kZeroBytes at a time, by one thread. Kept in shared memory for its
-// registers.
+// Zeros written from shared memory beside other work, by one thread, as many with each step as it takes to end with the last.
+// Kept in shared memory for its registers.
 struct Zeroing {
     alignas(128) uint8_t zeros[kZeroBytes];
-    uint8_t* next;
-    uint8_t* end;
+    uint8_t* row;  // the next
+    uint32_t num_rows, row_bytes, stride, offset;
+    uint32_t copies_per_step;  // of kZeroBytes
 
-    // All threads: this CTA's part of `num_bytes`, a multiple of 16. Follow with a CTA barrier.
-    __device__ __forceinline__ void init(uint8_t* target, uint64_t num_bytes) {
+    // All threads: this CTA's part of `all_rows` rows, `bytes` of each, a multiple of 16. Follow with a CTA barrier.
+    __device__ __forceinline__ void init(uint8_t* target, uint32_t all_rows, uint32_t bytes, uint32_t bytes_apart) {
         for (uint32_t i = threadIdx.x; i < kZeroBytes / 4; i += kNumThreads) reinterpret_cast<uint32_t*>(zeros)[i] = 0;
         fence_async_proxy();
-        const uint64_t part = ceil_div(num_bytes, uint64_t{kZeroBytes} * gridDim.x) * kZeroBytes;
         if (threadIdx.x == 0) {
-            next = target + min(part * blockIdx.x, num_bytes);
-            end = target + min(part * (blockIdx.x + 1), num_bytes);
+            const uint32_t part = ceil_div(all_rows, gridDim.x), first = min(part * blockIdx.x, all_rows);
+            row = target + static_cast<uint64_t>(first) * bytes_apart;
+            num_rows = min(part, all_rows - first);
+            row_bytes = bytes, stride = bytes_apart, offset = 0;
         }
+    }
+    __device__ __forceinline__ void spread(uint32_t num_steps) {
+        copies_per_step = ceil_div(num_rows * ceil_div(row_bytes, kZeroBytes), max(num_steps, 1u));
     }
     // Not inlined, as list_jobs().
     __device__ __noinline__ void step() {
-        if (next == end) return;
-        const uint32_t num_bytes = min(static_cast<uint64_t>(kZeroBytes), static_cast<uint64_t>(end - next));
-        bulk_store(next, zeros, num_bytes);
-        next += num_bytes;
+        for (uint32_t i = 0; i < copies_per_step && num_rows > 0; ++i) {
+            const uint32_t num_bytes = min(kZeroBytes, row_bytes - offset);
+            bulk_store(row + offset, zeros, num_bytes);
+            offset += num_bytes;
+            if (offset == row_bytes) offset = 0, row += stride, --num_rows;
+        }
     }
     __device__ __forceinline__ void finish() {
-        while (next != end) step();
+        while (num_rows > 0) step();
         bulk_store_wait_all();
     }
 };
 
+// Lies first in shared memory: the swizzle counts from multiples of 1024 bytes. (An alignment of its own would round up the
+// size of each struct around it.)
 template <uint32_t kNumK>
 struct LoadStorage {
-    alignas(1024) uint8_t weights[kNumStages][2][kHalfBytes];
-    alignas(1024) uint8_t rows[kNumStages][kBlockM * kTileK];
+    uint8_t weights[kNumStages][2][kHalfBytes];
+    uint8_t rows[kNumStages][kBlockM * kTileK];
     Zeroing zeroing;
-    alignas(16) float scale[kNumStages][2][kBlockM];  // of a row, at its scale_slot(), times that of half of the weights
+    alignas(16) float scale[kNumStages][2][kScaleSlots];  // of a row, at its scale_slot(), times that of half of the weights
     PieceOfTile piece[kNumPieces];
     uint32_t first_of_piece[kNumStages];  // where a piece begins: its place in `piece`
     uint32_t source_row[2][kBlockM];
-    float4 own_scales[kBlockM];  // of a thread's row, for the four steps that the present one is among
+    float4 own_scales[kBlockM];  // of a thread's rows, for the four steps that the present one is among
     float weight_scales[2][2][kNumK];  // of two pieces, the two halves of the weights
     uint64_t full[kNumStages];
     uint64_t empty[kNumStages];
@@ -104,11 +123,11 @@ __device__ __forceinline__ void init_ring(LoadStorage<kNumK>& shared) {
     }
 }
 
-// 128 threads. Thread t gathers piece t % 8 of rows t / 8, t / 8 + 16, ..., and has the scales of row t.
+// 128 threads. Thread t gathers piece t % 8 of rows t / 8, t / 8 + 16, ..., and has the scales of rows t, t + 128, ...
 template <typename Operands>
 struct Loader {
     static constexpr uint32_t kNumK = Operands::kNumK;
-    static constexpr uint32_t kPasses = kBlockM / 16;
+    static constexpr uint32_t kPasses = ceil_div(kBlockM, 16u);
     static constexpr uint32_t kScalesPerThread = ceil_div(2 * kNumK, kNumLoadThreads);
     static constexpr uint32_t kNoRow = ~0u;
     static constexpr uint32_t kLead = 8;  // steps before its end at which a piece fetches the rows of the next
@@ -129,7 +148,7 @@ struct Loader {
         __device__ __forceinline__ bool end() const { return piece.item == kNoItem; }
     };
     struct Rows {
-        uint32_t own_row = kNoRow;  // the source of this thread's row
+        uint32_t own_row[kRowsPerLoadThread];  // the sources of this thread's rows
         float weight_scale[kScalesPerThread];
     };
 
@@ -139,11 +158,15 @@ struct Loader {
         Job job{{}, 0, {uniform(piece.item), uniform(piece.first_k), uniform(piece.last_k)}};
         if (!job.end()) {
             const Tile tile = operands.tile(job.piece.item);
-            job.tile = {uniform(tile.expert), uniform(tile.first_row), uniform(tile.num_rows), 0};
+            job.tile = {uniform(tile.expert), uniform(tile.first_row), uniform(tile.num_rows), uniform(tile.tiles_of_expert)};
             job.column = operands.column(job.piece.item);
         }
         return job;
     }
+
+    // The number of the thread's row `i`, and whether a CTA has as many.
+    __device__ __forceinline__ uint32_t own(uint32_t i) const { return i * kNumLoadThreads + thread; }
+    __device__ __forceinline__ bool has(uint32_t i) const { return i * kNumLoadThreads + kNumLoadThreads <= kBlockM || own(i) < kBlockM; }
 
     // The rows of the tile that are this CTA's.
     __device__ __forceinline__ uint32_t first_row(const Job& job) const { return rank * rows_per_cta(job.tile.num_rows); }
@@ -154,8 +177,12 @@ struct Loader {
 
     __device__ __forceinline__ Rows fetch_rows(const Job& job) const {
         Rows rows;
+#pragma unroll
+        for (uint32_t i = 0; i < kRowsPerLoadThread; ++i) rows.own_row[i] = kNoRow;
         if (job.end()) return rows;
-        if (thread < num_rows(job)) rows.own_row = operands.source_row(job.tile, first_row(job) + thread);
+#pragma unroll
+        for (uint32_t i = 0; i < kRowsPerLoadThread; ++i)
+            if (own(i) < num_rows(job)) rows.own_row[i] = operands.source_row(job.tile, first_row(job) + own(i));
 #pragma unroll
         for (uint32_t i = 0; i < kScalesPerThread; ++i) {
             const uint32_t index = i * kNumLoadThreads + thread, half = index >= kNumK;
@@ -187,24 +214,29 @@ struct Loader {
         uint32_t buffer = 0, piece = 0;
         Job job = take(pieces);
         Rows rows = fetch_rows(job);
-        float4 ahead = fetch_scales(rows.own_row, job.piece.first_k);
-        float4& own_scales = shared.own_scales[min(thread, kBlockM - 1)];
+        float4 ahead[kRowsPerLoadThread];
+#pragma unroll
+        for (uint32_t i = 0; i < kRowsPerLoadThread; ++i) ahead[i] = fetch_scales(rows.own_row[i], job.piece.first_k);
         const uint32_t first_target =
             shared_address(shared.rows) + thread / 8 * kTileK + (thread % 8 ^ thread / 8 % 8) * 16;
+        if (thread == 32) shared.zeroing.spread(pieces.mean_steps());
         while (!job.end()) {
             const uint32_t first_k = job.piece.first_k, last_k = job.piece.last_k, end_row = num_rows(job);
             // A thread is at most one piece ahead of another, so two buffers suffice.
             buffer ^= 1;
-            const uint32_t own_row = rows.own_row;
-            if (thread < kBlockM) shared.source_row[buffer][thread] = own_row;
+            uint32_t own_row[kRowsPerLoadThread];
+#pragma unroll
+            for (uint32_t i = 0; i < kRowsPerLoadThread; ++i) {
+                own_row[i] = rows.own_row[i];
+                if (has(i)) shared.source_row[buffer][own(i)] = own_row[i];
+            }
 #pragma unroll
             for (uint32_t i = 0; i < kScalesPerThread; ++i) {
                 const uint32_t index = i * kNumLoadThreads + thread, half = index >= kNumK;
                 if (index < 2 * kNumK) shared.weight_scales[buffer][half][index - half * kNumK] = rows.weight_scale[i];
             }
             named_barrier(kLoadBarrier, kNumLoadThreads);
-            // Registers of its own for each address: a copy holds the one that it was given until it is under way.
-            const uint8_t* source[kPasses];
+            uint32_t source[kPasses];
 #pragma unroll
             for (uint32_t pass = 0; pass < kPasses; ++pass) {
                 // Rows of the last pass past the end are copies of the last one: their products are not used.
@@ -220,10 +252,16 @@ struct Loader {
                 if (k % 4 == 0 || k == first_k) {
                     const uint32_t next_group = k / 4 * 4 + 4;
                     const bool within = next_group < last_k;
-                    if (thread < kBlockM) own_scales = ahead;
-                    ahead = fetch_scales(within ? own_row : rows.own_row, within ? next_group : next.piece.first_k);
+#pragma unroll
+                    for (uint32_t i = 0; i < kRowsPerLoadThread; ++i) {
+                        if (has(i)) shared.own_scales[own(i)] = ahead[i];
+                        ahead[i] = fetch_scales(within ? own_row[i] : rows.own_row[i], within ? next_group : next.piece.first_k);
+                    }
                 }
-                const float scale = reinterpret_cast<const float*>(&own_scales)[k % 4];
+                float scale[kRowsPerLoadThread];
+#pragma unroll
+                for (uint32_t i = 0; i < kRowsPerLoadThread; ++i)
+                    if (has(i)) scale[i] = reinterpret_cast<const float*>(&shared.own_scales[own(i)])[k % 4];
                 const float first_scale = shared.weight_scales[buffer][0][k], second_scale = shared.weight_scales[buffer][1][k];
                 mbarrier::wait(shared.empty[ring.stage], ring.parity ^ 1);
                 uint64_t& full = shared.full[ring.stage];
@@ -238,21 +276,26 @@ struct Loader {
                                                last_k};
                     }
                     mbarrier::arrive_expect_bytes(full, 2 * kHalfBytes);
-                    operands.load_weights(shared.weights[ring.stage][rank], full, job.tile.expert, job.column, k, rank);
+                    // Rows are read again for each choice of a token: weights that no other tile reads make room for them.
+                    const uint64_t policy = job.tile.tiles_of_expert == 1 ? evict_first_policy() : evict_normal_policy();
+                    operands.load_weights(shared.weights[ring.stage][rank], full, job.tile.expert, job.column, k, rank, policy);
                 }
                 const uint32_t target = first_target + ring.stage * (kBlockM * kTileK);
 #pragma unroll
                 for (uint32_t pass = 0; pass < kPasses; ++pass) {
-                    if (pass * 16 < end_row) cp_async_16(target + pass * 16 * kTileK, source[pass], true);
+                    const bool within = pass * 16 + thread / 8 < kBlockM;  // of half a pass there may be room only
+                    if (within && pass * 16 < end_row) cp_async_16(target + pass * 16 * kTileK, operands.pieces() + source[pass]);
                     source[pass] += operands.k_stride();
                 }
                 cp_async_arrive(full);
-                if (thread < kBlockM) {
-                    shared.scale[ring.stage][0][scale_slot(thread)] = scale * first_scale;
-                    shared.scale[ring.stage][1][scale_slot(thread)] = scale * second_scale;
+#pragma unroll
+                for (uint32_t i = 0; i < kRowsPerLoadThread; ++i) {
+                    if (!has(i)) continue;
+                    shared.scale[ring.stage][0][scale_slot(own(i))] = scale[i] * first_scale;
+                    shared.scale[ring.stage][1][scale_slot(own(i))] = scale[i] * second_scale;
                 }
                 mbarrier::arrive_warp(full);
-                if (thread == 32 && k % 2) shared.zeroing.step();
+                if (thread == 32) shared.zeroing.step();
             }
             job = next;
             piece = piece + 1 < kNumPieces ? piece + 1 : 0;

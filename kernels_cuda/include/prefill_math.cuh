@@ -1,9 +1,12 @@
 // The consumers of a grouped product: sums over K of 256 weight rows by the rows of a tile, block-scaled, in fp32.
 //
-// Two warpgroups. In low tiles the rows of a CTA are the N of wgmma and weight rows the M, so that no product is wasted on rows
-// that are not there: each warpgroup has 64 rows of each half of the weights. In tall ones it has 64 rows of the tile.
+// Two warpgroups, of which each has 64 rows of each half of the weights. They are the M of wgmma, and the rows of a CTA its
+// N, so that no product is wasted on rows that are not there.
 //
 // A piece of K that does not begin at 0 leaves its sums to the cluster whose piece does, through global memory.
+//
+// The products of each height are code of their own; what follows them is not, and leaves out the rows that are not there:
+// code comes from DRAM the first time.
 #pragma once
 #include "cluster.cuh"
 #include "exchange.cuh"
@@ -14,19 +17,16 @@
 constexpr uint32_t kWarpgroupBytes = 64 * kTileK;
 constexpr uint32_t kPartVectors = kBlockM / 4;  // float4 that a thread leaves of its sums
 
-// Up to so many rows of a CTA are the N of wgmma. As its M a thread needs the scales of two rows only, and those are read from
-// shared memory beside the operands of the products.
-constexpr uint32_t kMostSwappedRows = 96;
-constexpr uint32_t kTallRows = 128;
-constexpr bool kTall = kBlockM > kMostSwappedRows;
+// Up to so many rows there are registers for two partial sums: while one is promoted the product of the other is under way.
+// With more it is the other warpgroup's.
+constexpr uint32_t kMostPairedRows = kBlockM < 96 ? kBlockM : 96;
 
 // 64 K registers: 128 producer threads and 256 math threads.
-constexpr uint32_t kProducerRegisters = 72;
-constexpr uint32_t kMathRegisters = 216;
+constexpr uint32_t kProducerRegisters = 56;
+constexpr uint32_t kMathRegisters = 224;
 
-static_assert(!kTall || kBlockM == kTallRows, "either form");
-
-// Heights that a CTA's part of a tile is padded to if it is swapped.
+// Heights that a CTA's part of a tile is padded to.
+constexpr uint32_t kLeastHeight = 16;
 __device__ __forceinline__ constexpr uint32_t next_height(uint32_t rows) { return rows + (rows < 64 ? 16 : 8); }
 
 // Sums left by shares that begin inside an item; one for each CTA.
@@ -39,13 +39,15 @@ struct Parts {
         return sums + static_cast<uint64_t>(part) * kPartVectors * kNumMathThreads + registers::thread_index();
     }
 
+    // The sums of `rows` rows, a multiple of 8.
     template <uint32_t kCount>
-    __device__ __forceinline__ void store(uint32_t share, const float (&first)[kCount],
+    __device__ __forceinline__ void store(uint32_t share, uint32_t rows, const float (&first)[kCount],
                                           const float (&second)[kCount]) const {
         const uint32_t index = share * kClusterSize + cluster::cta_rank();
         float4* const part = of(index);
 #pragma unroll
         for (uint32_t i = 0; i < kCount / 4; ++i) {
+            if (8 * i >= rows) break;
             part[2 * i * kNumMathThreads] =
                 make_float4(first[4 * i], first[4 * i + 1], first[4 * i + 2], first[4 * i + 3]);
             part[(2 * i + 1) * kNumMathThreads] =
@@ -56,13 +58,14 @@ struct Parts {
     }
 
     template <uint32_t kCount>
-    __device__ __forceinline__ void add(uint32_t share, float (&first)[kCount], float (&second)[kCount]) const {
+    __device__ __forceinline__ void add(uint32_t share, uint32_t rows, float (&first)[kCount], float (&second)[kCount]) const {
         const uint32_t index = share * kClusterSize + cluster::cta_rank();
         if (registers::thread_index() == 0) exchange::await(written + index);
         named_barrier(kMathBarrier, kNumMathThreads);
         const float4* const part = of(index);
 #pragma unroll
         for (uint32_t i = 0; i < kCount / 4; ++i) {
+            if (8 * i >= rows) break;
             const float4 a = exchange::load_once(part + 2 * i * kNumMathThreads);
             const float4 b = exchange::load_once(part + (2 * i + 1) * kNumMathThreads);
             first[4 * i] += a.x, first[4 * i + 1] += a.y, first[4 * i + 2] += a.z, first[4 * i + 3] += a.w;
@@ -72,11 +75,15 @@ struct Parts {
 };
 
 // Epilogue is a type with
-//     ahead(piece)                                what this thread needs to know of the piece, asked for before its products
-//     finish<kRows>(piece, ahead, first, second)  sums of weight rows by kRows rows: first and second half, wgmma's layout
-//     finish_tall(piece, first, second)           sums of rows by 128 weight rows, of each half
+//     finish(piece, rows, first, second)  sums of weight rows by `rows` rows: first and second half, wgmma's layout
 template <uint32_t kNumK, typename Epilogue>
 struct Math {
+    struct Steps {
+        uint32_t first, end;
+
+        __device__ __forceinline__ uint32_t count() const { return end - first; }
+    };
+
     LoadStorage<kNumK>& shared;
     const Share& share;
     const Parts parts;
@@ -107,11 +114,11 @@ struct Math {
     template <uint32_t kRows>
     struct Scales {
         static constexpr uint32_t kCount = ceil_div(kRows, 16u);
-        static constexpr uint32_t kAhead = kBlockM > 64 ? 2 : 3;
+        static constexpr uint32_t kAhead = kBlockM > 128 ? 1 : kBlockM > 64 ? 2 : 3;
         const float4* source;
         float4 ahead[kAhead];
 
-        __device__ __forceinline__ explicit Scales(const float (&scale)[kBlockM])
+        __device__ __forceinline__ explicit Scales(const float (&scale)[kScaleSlots])
             : source(reinterpret_cast<const float4*>(scale) + registers::thread_index() % 4) {
 #pragma unroll
             for (uint32_t i = 0; i < kAhead && i < kCount; ++i) ahead[i] = source[4 * i];
@@ -120,8 +127,8 @@ struct Math {
     };
 
     // sum += partial * scale of the column's row and the weights.
-    template <uint32_t kRows>
-    __device__ __forceinline__ static void promote(float (&sum)[kRows / 2], float (&partial)[kRows / 2],
+    template <uint32_t kRows, uint32_t kCount>
+    __device__ __forceinline__ static void promote(float (&sum)[kCount], float (&partial)[kRows / 2],
                                                    const Scales<kRows>& scales) {
         wgmma::pin(partial);
 #pragma unroll
@@ -141,43 +148,31 @@ struct Math {
         wgmma::pin(sum);
     }
 
-    // Rows of a tall tile, as the M of wgmma: of each half of the weights 128 columns. One product after the other; while it is
-    // promoted the other warpgroup's is under way.
-    __device__ __forceinline__ void add_tall_products(float (&first)[kTallRows / 2], float (&second)[kTallRows / 2],
-                                                      uint32_t num_steps) {
-        float partial[kTallRows / 2] = {};
-        const auto multiply = [&](uint32_t stage, uint32_t half) {
-            wgmma::multiply_k128<kTallRows, true>(partial, wgmma::descriptor(shared.rows[stage] + warpgroup * kWarpgroupBytes),
-                                                  wgmma::descriptor(shared.weights[stage][half]));
-        };
-        const auto promote_rows = [&](float(&sum)[kTallRows / 2], uint32_t stage, uint32_t half) {
-            const uint32_t thread = registers::thread_index();
-            const float* const scale = shared.scale[stage][half] + scale_slot(thread / 32 * 16 + thread % 32 / 4);
-            const float upper = scale[0], lower = scale[scale_slot(8)];  // of a row, and of the one 8 below
-            wgmma::wait<0>();
-            wgmma::pin(partial);
-#pragma unroll
-            for (uint32_t i = 0; i < kTallRows / 2; ++i) sum[i] += partial[i] * (i % 4 < 2 ? upper : lower);
-            wgmma::pin(sum);
-        };
+    // One product after the other.
+    template <uint32_t kRows, uint32_t kCount>
+    __device__ __forceinline__ void add_products_singly(float (&first)[kCount], float (&second)[kCount], uint32_t num_steps) {
+        float partial[kRows / 2] = {};
         wait_stage();
 #pragma unroll 1
         for (uint32_t step = 1; step <= num_steps; ++step) {
             const uint32_t stage = ring.stage;
-            multiply(stage, 0);
-            promote_rows(first, stage, 0);
-            multiply(stage, 1);
+            wgmma::multiply_k128<kRows, true>(partial, weights(stage, 0), rows(stage));
+            const Scales<kRows> first_scales(shared.scale[stage][0]);
+            wgmma::wait<0>();
+            promote<kRows>(first, partial, first_scales);
+            wgmma::multiply_k128<kRows, true>(partial, weights(stage, 1), rows(stage));
+            const Scales<kRows> second_scales(shared.scale[stage][1]);
             ring.advance();
             if (step < num_steps) wait_stage();  // meanwhile
-            promote_rows(second, stage, 1);
+            wgmma::wait<0>();
+            promote<kRows>(second, partial, second_scales);
             release(stage);
         }
     }
 
-    // Swapped: while one partial sum is promoted the product of the other is under way.
-    template <uint32_t kRows>
-    __device__ __forceinline__ void add_products(float (&first)[kRows / 2], float (&second)[kRows / 2],
-                                                            uint32_t num_steps) {
+    // While one partial sum is promoted the product of the other is under way.
+    template <uint32_t kRows, uint32_t kCount>
+    __device__ __forceinline__ void add_products_in_pairs(float (&first)[kCount], float (&second)[kCount], uint32_t num_steps) {
         float a[kRows / 2], b[kRows / 2];
         const auto promote_first = [&] {
             const Scales<kRows> scales(shared.scale[ring.stage][0]);
@@ -208,46 +203,43 @@ struct Math {
         ring.advance();
     }
 
+    // With the least height that holds `rows`, kRows or more.
+    template <uint32_t kRows, uint32_t kCount>
+    __device__ __forceinline__ void add_products(float (&first)[kCount], float (&second)[kCount], uint32_t rows,
+                                                 uint32_t num_steps) {
+        if constexpr (next_height(kRows) <= 2 * kCount)
+            if (rows > kRows) return add_products<next_height(kRows)>(first, second, rows, num_steps);
+        if constexpr (kRows <= kMostPairedRows)
+            add_products_in_pairs<kRows>(first, second, num_steps);
+        else
+            add_products_singly<kRows>(first, second, num_steps);
+    }
+
     // Whether this share has the epilogue of the piece: then `first` and `second` are the sums over all of K.
     template <uint32_t kCount>
-    __device__ __forceinline__ bool complete(uint32_t first_k, uint32_t last_k, float (&first)[kCount], float (&second)[kCount]) {
-        if (first_k > 0) {
-            parts.store(share.number, first, second);
+    __device__ __forceinline__ bool complete(const Steps& steps, uint32_t rows, float (&first)[kCount], float (&second)[kCount]) {
+        if (steps.first > 0) {
+            parts.store(share.number, rows, first, second);
             return false;
         }
         uint32_t other = share.number + 1;
 #pragma unroll 1
-        for (uint32_t k = last_k; k < kNumK; ++other) {
+        for (uint32_t k = steps.end; k < kNumK; ++other) {
             const uint32_t next_k = registers::uniform(share.steps_before(other + 1, kNumK));
-            if (next_k > k) parts.add(other, first, second);
+            if (next_k > k) parts.add(other, rows, first, second);
             k = next_k;
         }
         return true;
     }
 
-    template <bool kSwapped, uint32_t kRows>
-    __device__ __forceinline__ void multiply(const PieceOfTile& piece) {
-        float first[kRows / 2], second[kRows / 2];
-#pragma unroll
-        for (uint32_t i = 0; i < kRows / 2; ++i) first[i] = second[i] = 0.f;
-        const uint32_t first_k = registers::uniform(piece.first_k), last_k = registers::uniform(piece.last_k);
-        if constexpr (kSwapped) {
-            const auto ahead = epilogue.ahead(piece);
-            add_products<kRows>(first, second, last_k - first_k);
-            if (complete(first_k, last_k, first, second)) epilogue.template finish<kRows>(piece, ahead, first, second);
-        } else {
-            add_tall_products(first, second, last_k - first_k);
-            if (complete(first_k, last_k, first, second)) epilogue.finish_tall(piece, first, second);
-        }
+    // With a height in kLeastRows..kMostRows.
+    template <uint32_t kLeastRows, uint32_t kMostRows>
+    __device__ __forceinline__ void multiply(const PieceOfTile& piece, uint32_t rows) {
+        const Steps steps{registers::uniform(piece.first_k), registers::uniform(piece.last_k)};
+        float first[kMostRows / 2] = {}, second[kMostRows / 2] = {};
+        add_products<kLeastRows>(first, second, rows, steps.count());
+        if (complete(steps, rows, first, second)) epilogue.finish(piece, rows, first, second);
         __syncwarp();  // where lanes may have parted; else the compiler takes them for parted ever after
-    }
-
-    // Swapped, with the least height that holds num_rows, kRows or more.
-    template <uint32_t kRows = 16>
-    __device__ __forceinline__ void multiply_fitting(const PieceOfTile& piece, uint32_t num_rows) {
-        if constexpr (next_height(kRows) <= kBlockM)
-            if (num_rows > kRows) return multiply_fitting<next_height(kRows)>(piece, num_rows);
-        multiply<true, kRows>(piece);
     }
 
     __device__ __forceinline__ void run() {
@@ -256,10 +248,14 @@ struct Math {
             const PieceOfTile& piece = shared.piece[shared.first_of_piece[ring.stage]];
             const uint32_t num_rows = registers::uniform(piece.num_rows);
             if (num_rows == 0) return;
-            if constexpr (kTall)
-                multiply<false, kTallRows>(piece);
-            else
-                multiply_fitting(piece, rows_per_cta(num_rows));
+            const uint32_t rows = rows_per_cta(num_rows);
+            if constexpr (kBlockM > kMostPairedRows) {
+                if (rows > kMostPairedRows) {
+                    multiply<next_height(kMostPairedRows), kBlockM>(piece, rows);
+                    continue;
+                }
+            }
+            multiply<kLeastHeight, kMostPairedRows>(piece, rows);
         }
     }
 };

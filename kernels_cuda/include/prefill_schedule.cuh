@@ -15,7 +15,7 @@ constexpr uint32_t kNoItem = ~0u;
 
 // A row of reference.routing.TiledRouting.tiles.
 struct alignas(16) Tile {
-    uint32_t expert, first_row, num_rows, unused;
+    uint32_t expert, first_row, num_rows, tiles_of_expert;
 };
 
 // Where the rows of h of an expert begin that are first_row, ... in the order of the experts: at a multiple of 8, for they
@@ -68,6 +68,9 @@ struct Pieces {
     __device__ __forceinline__ Pieces(const Share& share, uint32_t num_k)
         : share(share), num_k(num_k), whole(share.number), next(share.begin) {}
 
+    // Of a share, on average.
+    __device__ __forceinline__ uint32_t mean_steps() const { return share.num_items * num_k / share.num_shares; }
+
     // The next piece of the share; item kNoItem at its end.
     __device__ __forceinline__ Piece take() {
         if (whole < share.first_tail) {
@@ -83,19 +86,16 @@ struct Pieces {
     }
 };
 
-// What an item costs, in the time that 8 rows take for a step of a low tile: num_k steps as long as the products of its rows
-// take, but no shorter than loading their weights, then an epilogue. In a tall tile rows that are not there take as long.
-template <uint32_t num_k, bool kTall>
+// What an item costs, in units of about 19 cycles: num_k steps and an epilogue, as measured on an H200
+// (experiments/2026-11-28_prefill_steps).
+template <uint32_t num_k>
 struct Cost {
     static constexpr uint32_t kNumK = num_k;
-    static constexpr uint32_t kLoad = 5;
-    static constexpr uint32_t kTallStep = 11;
-    static constexpr uint32_t kEpilogue = 84;
 
-    static __device__ __forceinline__ uint32_t step(uint32_t num_rows) {
-        return kTall ? kTallStep : max(rows_per_cta(num_rows) / 8, kLoad);
+    static __device__ __forceinline__ uint32_t step(uint32_t num_rows) { return 40 + 3 * (rows_per_cta(num_rows) / 8); }
+    static __device__ __forceinline__ uint32_t item(uint32_t num_rows) {
+        return step(num_rows) * kNumK + 180 + 20 * (rows_per_cta(num_rows) / 8);
     }
-    static __device__ __forceinline__ uint32_t item(uint32_t num_rows) { return step(num_rows) * kNumK + kEpilogue; }
 };
 
 // One warp: value[i] becomes the sum of all before it, value[32 * kPerLane] that of all.

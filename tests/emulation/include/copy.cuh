@@ -111,6 +111,7 @@ inline void tma_load_5d(void* destination, const TensorMap& map, uint64_t& barri
 }
 
 inline uint64_t evict_first_policy() { return 0; }
+inline uint64_t evict_normal_policy() { return 0; }
 
 inline void tma_load_2d(void* destination, const TensorMap& map, uint64_t& barrier, int32_t column, int32_t row,
                         uint64_t, EMULATED_WHERE) {
@@ -139,12 +140,12 @@ inline void bulk_load(void* destination, const void* source, uint32_t num_bytes,
 }
 
 inline void tma_multicast_2d(void* destination, const TensorMap& map, uint64_t& barrier, int32_t column, int32_t row,
-                             uint16_t cta_mask, EMULATED_WHERE) {
+                             uint16_t cta_mask, uint64_t, EMULATED_WHERE) {
     emulation::load_box(destination, map, barrier, {column, row, 0, 0, 0}, cta_mask, where);
 }
 
 inline void tma_multicast_4d(void* destination, const TensorMap& map, uint64_t& barrier, int32_t c0, int32_t c1,
-                             int32_t c2, int32_t c3, uint16_t cta_mask, EMULATED_WHERE) {
+                             int32_t c2, int32_t c3, uint16_t cta_mask, uint64_t, EMULATED_WHERE) {
     emulation::load_box(destination, map, barrier, {c0, c1, c2, c3, 0}, cta_mask, where);
 }
 
@@ -173,8 +174,8 @@ inline void cp_async_16(void* destination, const void* source, bool valid, EMULA
     emulation::cp_async(destination, source, 16, valid, where);
 }
 
-inline void cp_async_16(uint32_t destination, const void* source, bool valid, EMULATED_WHERE) {
-    emulation::cp_async(emulation::shared_byte(*emulation::current->cta, destination), source, 16, valid, where);
+inline void cp_async_16(uint32_t destination, const void* source, EMULATED_WHERE) {
+    emulation::cp_async(emulation::shared_byte(*emulation::current->cta, destination), source, 16, true, where);
 }
 
 inline void cp_async_4(void* destination, const void* source, bool valid, EMULATED_WHERE) {

@@ -72,6 +72,27 @@ inline void await(const uint32_t* flag, EMULATED_WHERE) {
     }
 }
 
+inline void count(uint32_t* counter, EMULATED_WHERE) {
+    emulation::drain_stores(where);
+    ++*counter;
+}
+
+inline void await_count(const uint32_t* counter, uint32_t total, EMULATED_WHERE) {
+    while (*counter != total) {
+        emulation::launch->poll(where);
+        if (*counter == total) emulation::launch->poll_succeeded();
+    }
+}
+
+inline void raise(uint32_t& word, uint32_t value) { word = value; }
+
+inline void await_raised(uint32_t& word, uint32_t least, EMULATED_WHERE) {
+    while (word < least) {
+        emulation::launch->poll(where);
+        if (word >= least) emulation::launch->poll_succeeded();
+    }
+}
+
 inline void await(const uint4* flags, uint32_t num_flags, EMULATED_WHERE) {
     for (uint32_t flag = 0; flag < num_flags; ++flag) await(reinterpret_cast<const uint32_t*>(flags) + flag, where);
 }
