@@ -14,7 +14,7 @@ def round_up_to_8(rows: int) -> int:
 
 
 def tiles_one_by_one(ids: list[int], max_rows: int, num_experts: int) -> list[tuple[int, int, int, int]]:
-    """(expert, first row, rows, tiles of the expert), by cutting each expert's rows in turn; experts with high ones first."""
+    """(expert, first row, rows, tiles of the expert), by cutting each expert's rows in turn; high ones first."""
     tiles_by_height: dict[int, list[tuple[int, int, int, int]]] = {}
     first_row = 0
     for expert in range(num_experts):

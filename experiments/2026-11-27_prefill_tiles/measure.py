@@ -23,7 +23,7 @@ from workbench.problem import RoutingLaw, Workload
 
 ALIASES = ("dsv3_tp16", "dsv3_tp8", "qwen3next_tp4")
 TOKENS = (512, 1024, 2048, 4096, 8192)
-HEIGHTS = (128, 192)
+HEIGHTS = (128, 192, 272)
 CHECKED_TOKENS = (3, 129, 1000, 2500)
 
 

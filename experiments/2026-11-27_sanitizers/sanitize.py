@@ -148,7 +148,8 @@ def run_case(case: Case, device: torch.device) -> tuple[int, float]:
 
 
 def run_routing(num_choices: int, device: torch.device) -> None:
-    """Both forms of routing, which the reference gives too but for the order of an expert's choices."""
+    """Both forms of routing, which the reference gives too but for the order of an expert's choices. Copies to the host
+    are of what is defined."""
     num_experts = 3
     given = torch.randint(-1, num_experts, (num_choices // 2, 2), generator=torch.Generator().manual_seed(0)).int()
     topk_ids, flat = given.to(device), given.flatten()
@@ -160,14 +161,14 @@ def run_routing(num_choices: int, device: torch.device) -> None:
     blocks = align_block_size(given, 16, num_experts)
     num_tiles, num_rows = tiles.tiles[0, :2].tolist()
     num_blocks = int(blocks.num_tokens_post_padded) // 16
-    found = tiled.sorted_choices.cpu()[:num_rows].long()
+    found = tiled.sorted_choices[:num_rows].cpu().long()
     padded = torch.cat((flat, torch.full((1,), num_experts, dtype=torch.int32)))  # a choice that is padding
-    in_blocks = [each.sorted_token_ids.cpu()[: num_blocks * 16].long() for each in (aligned, blocks)]
+    in_blocks = [each.sorted_token_ids[: num_blocks * 16].cpu().long() for each in (aligned, blocks)]
     right = (
-        torch.equal(tiled.tiles.cpu()[: 1 + num_tiles, :3], tiles.tiles[: 1 + num_tiles, :3])
+        torch.equal(tiled.tiles[: 1 + num_tiles].cpu(), tiles.tiles[: 1 + num_tiles])
         and torch.equal(flat[found], flat[tiles.sorted_choices[:num_rows].long()])
         and len(found.unique()) == num_rows
-        and torch.equal(aligned.expert_ids.cpu()[:num_blocks], blocks.expert_ids[:num_blocks])
+        and torch.equal(aligned.expert_ids[:num_blocks].cpu(), blocks.expert_ids[:num_blocks])
         and torch.equal(padded[in_blocks[0]], padded[in_blocks[1]])
         and torch.equal(in_blocks[0].unique(), in_blocks[1].unique())
     )
