@@ -40,6 +40,12 @@ def test_tiles_are_low_where_an_expert_has_few_rows() -> None:
     assert first == [128, 128, 192, 272]
 
 
+@pytest.mark.parametrize(("hidden_size", "expected"), [(7168, {128, 192, 272}), (16_384, {128, 192})])
+def test_a_height_needs_room_for_a_ring_of_four_stages(hidden_size: int, expected: set[int]) -> None:
+    configs = SM90Prefill().configs(MoEShape(8, hidden_size, 128, 2), 8192)
+    assert {config["max_rows"] for config in configs} == expected
+
+
 @pytest.mark.parametrize(
     ("shape", "reason"),
     [
