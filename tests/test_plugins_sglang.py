@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from engines import fake_sglang
-from engines.driven import OURS, Gather, SGLang, added, agrees, batch, not_served, nothing_kept, record, weights
+from engines.driven import OURS, Gather, SGLang, added, agrees, batch, not_served_with, nothing_kept, record, weights
 
 from workbench.problem import MoEShape
 
@@ -49,16 +49,7 @@ def test_what_sglang_asks_of_a_layer_beyond_ours_is_left_to_it(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    record(tmp_path, (OURS, 10.0))
-    engine = SGLang(monkeypatch)
-    engine.register()
-    engine.build(weights())
-    method = engine.method
-    parts = {"layer": engine.module, "config": method.moe_runner_config, "method": method, "runner": method.runner}
-    for place, value in changes.items():
-        owner, _, attribute = place.partition(".")
-        setattr(parts[owner], attribute, value)
-    not_served(engine, reason, caplog)
+    not_served_with(SGLang(monkeypatch), changes, reason, tmp_path, caplog)
 
 
 def test_sglang_runs_what_an_all_to_all_dispatched(

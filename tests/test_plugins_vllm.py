@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from engines import fake_vllm
-from engines.driven import OURS, VLLM, Gather, added, batch, not_served, nothing_kept, record, weights
+from engines.driven import OURS, VLLM, Gather, added, batch, not_served_with, nothing_kept, record, weights
 
 
 @pytest.fixture(autouse=True)
@@ -49,15 +49,7 @@ def test_what_vllm_asks_of_a_layer_beyond_ours_is_left_to_it(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    record(tmp_path, (OURS, 10.0))
-    engine = VLLM(monkeypatch)
-    engine.register()
-    engine.build(weights())
-    parts = {"layer": engine.module, "config": engine.module.moe_config, "method": engine.method}
-    for place, value in changes.items():
-        owner, _, attribute = place.partition(".")
-        setattr(parts[owner], attribute, value)
-    not_served(engine, reason, caplog)
+    not_served_with(VLLM(monkeypatch), changes, reason, tmp_path, caplog)
 
 
 def test_vllm_runs_shared_experts_that_its_kernel_overlaps(

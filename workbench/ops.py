@@ -200,7 +200,7 @@ def _remember(call: tuple[object, ...], tensors: tuple[torch.Tensor, ...], kept:
         kept.calls.discard(call)
 
     watches = tuple(weakref.ref(given, drop) for given in tensors)
-    made = _calls[call] = Call(kept, tuple(given.data_ptr() for given in tensors), watches)
+    made = _calls[call] = Call(kept, _pointers(*tensors), watches)
     kept.calls.add(call)
     return made
 

@@ -113,6 +113,11 @@ class VLLM:
         return self.module.forward_modular(inputs.tokens, inputs.topk_weights, inputs.topk_ids)
 
     @property
+    def parts(self) -> dict[str, Any]:
+        """What the plugin looks at, by the names that tests give."""
+        return {"layer": self.module, "config": self.module.moe_config, "method": self.method}
+
+    @property
     def num_own_calls(self) -> int:
         return self.method.moe_kernel.num_calls
 
@@ -145,6 +150,11 @@ class SGLang(VLLM):
 
     def call(self, inputs: MoEInputs) -> torch.Tensor:
         return self.module(inputs.tokens, inputs.topk_weights, inputs.topk_ids)
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        method = self.method
+        return {"layer": self.module, "config": method.moe_runner_config, "method": method, "runner": method.runner}
 
     @property
     def num_own_calls(self) -> int:
@@ -213,3 +223,16 @@ def not_served(engine: VLLM, reason: str, caplog: pytest.LogCaptureFixture) -> N
     engine.call(batch())
     assert engine.num_own_calls == 1
     assert said(caplog) == [f"{engine.name}: the engine's own kernels run: {reason}"]
+
+
+def not_served_with(
+    engine: VLLM, changes: Mapping[str, Any], reason: str, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A layer of which ours is recorded is left to the engine once `changes`, part.attribute to value, are made."""
+    record(folder, (OURS, 10.0))
+    engine.register()
+    engine.build(weights())
+    for place, value in changes.items():
+        owner, _, attribute = place.partition(".")
+        setattr(engine.parts[owner], attribute, value)
+    not_served(engine, reason, caplog)
