@@ -15,13 +15,12 @@ from typing import ClassVar
 
 import torch
 
-from kernels_cuda import activation_form, sm90, sm90_combine, sm90_fill, sm90_prologue, tiled_inputs, tma, workspace
+from kernels_cuda import activation_form, sm90, sm90_combine, sm90_fill, sm90_prologue, tiled_inputs, tma
 from kernels_cuda import compile as cuda_compile
 from kernels_cuda.calls import Call, ReadyCalls
 from kernels_cuda.compile import Cubin, compile_kernel
 from kernels_cuda.launch import Kernel, load
 from kernels_cuda.sm90 import SMEM_BYTES
-from kernels_cuda.workspace import FILLED
 from reference.quant import GROUP_SIZE
 from workbench.problem import MoEInputs, MoEShape, MoEWeights
 from workbench.variant import Backend, CompileReport, Config, Support, Variant, register
@@ -30,10 +29,10 @@ UP, DOWN, DOWN_WIDE = "sm90_prefill_up", "sm90_prefill_down", "sm90_prefill_down
 CLUSTER_SIZE = 2
 GROUPED_THREADS = 384
 MAX_STAGES = 5
-MAX_CLUSTERS = 128
+MAX_CLUSTERS = 96
 MOST_SLAB_CHUNKS = 2
 """Up to so many chunks of 128 channels the weights of a slab of columns stay in shared memory."""
-HEIGHTS = {128: 100, 192: 200, 272: math.inf}
+HEIGHTS = {128: 100, 160: 140, 192: 200, 272: math.inf}
 """Heights of tiles, each with the most rows of an expert, on average, up to which it is the default; from 20 to
 290 rows were measured (experiments/2026-11-28_prefill_steps)."""
 LEAST_STAGES = 4
@@ -113,15 +112,14 @@ def grouped_smem_bytes(block_m: int, num_k: int, num_stages: int, epilogue: int)
     """Size of a grouped product's SharedStorage with so many bytes for its epilogue, from above."""
     slots = -(-block_m // 16) * 16
     stage = 2 * 128 * 128 + block_m * 128 + 2 * slots * 4 + 16  # weights, rows and scales, two barriers
-    zeroing = 1024 + 128
     tables = (num_stages + 2) * 24 + num_stages * 4 + 2 * block_m * 4 + block_m * 16 + 4 * num_k * 4
     share = (MAX_CLUSTERS + 1) * 4 + 48
-    return num_stages * stage + zeroing + tables + share + epilogue + 512  # what alignment takes
+    return num_stages * stage + tables + share + epilogue + 64  # what alignment takes
 
 
 def up_smem_bytes(block_m: int, num_k: int, num_stages: int) -> int:
     """Size of the up kernel's SharedStorage, from above."""
-    return grouped_smem_bytes(block_m, num_k, num_stages, max(block_m * (144 + 4), 1024 * 4 + 64))
+    return grouped_smem_bytes(block_m, num_k, num_stages, max(block_m * (128 + 4), 1024 * 4 + 64))
 
 
 def down_smem_bytes(num_chunks: int) -> int:
@@ -255,22 +253,13 @@ def handed_over(
     return zeroed, others
 
 
-def _make_call(prepared: Prepared, key: tuple[int, tiled_inputs.Given, Config]) -> Call:
-    """The launches of a call: for what is missing, of both products, and in the deterministic form of the sum of each
-    token's rows."""
-    num_tokens, given, config = key
-    shape, device, max_rows = prepared.weights.shape, prepared.weights.device, config.integer("max_rows")
+def _make_call(prepared: Prepared, key: tiled_inputs.Key) -> Call:
+    """The call of `key`, with a launch of each product."""
+    num_tokens, _, config = key
+    shape = prepared.weights.shape
     up_kernel, down_kernel = prepared.pair(config)
     num_clusters = min(up_kernel.max_clusters, MAX_CLUSTERS)
-    num_choices, num_out_bytes = num_tokens * shape.top_k, num_tokens * shape.hidden_size * 2
-    zeroed, others = handed_over(num_choices, shape, max_rows, num_clusters)
-    others |= tiled_inputs.missing_parts(given, shape, num_tokens, max_rows)
-    if prepared.deterministic:
-        others["contributions"] = shape.top_k * num_out_bytes
-    parts = workspace.layout(zeroed, others)
-    sizes = {"num_zero_bytes": parts.num_filled_bytes}
-    first = tiled_inputs.bind_first(given, shape, num_tokens, max_rows, device, **sizes)
-
+    num_choices = num_tokens * shape.top_k
     up = _UpParams.from_buffer_copy(prepared.up_params)
     down = type(prepared.down_params).from_buffer_copy(prepared.down_params)
     up.num_h_rows = down.num_h_rows = num_h_rows(num_choices, shape.num_experts)
@@ -285,13 +274,11 @@ def _make_call(prepared: Prepared, key: tuple[int, tiled_inputs.Given, Config]) 
     up_launch = up_kernel.bind(up, num_clusters * CLUSTER_SIZE, overlap_previous=True)
     down_launch = down_kernel.bind(down, num_down_ctas, overlap_previous=True)
     launches = [
-        (first, {"out": FILLED, "zeros": FILLED}),
         (up_launch, {"part_written": "up_written"}),
         (down_launch, {"part_written": "down_written", "out": "contributions"}),
     ]
-    if prepared.deterministic:
-        launches.append((sm90_combine.bind(device, num_tokens, shape), {}))
-    return prepared.calls.make(key, device, parts, launches)
+    zeroed, others = handed_over(num_choices, shape, config.integer("max_rows"), num_clusters)
+    return tiled_inputs.make_call(prepared, key, zeroed, others, launches, marked=False)
 
 
 @register

@@ -63,8 +63,8 @@ struct Operands {
         return first_h_row(tile.expert, tile.first_row) + row;
     }
     __device__ __forceinline__ const uint4* pieces() const { return reinterpret_cast<const uint4*>(p.h); }
-    __device__ __forceinline__ uint32_t row_piece(uint32_t row, uint32_t piece, uint32_t k) const {
-        return k * k_stride() + row * (kGroupSize / 16) + (piece ^ row % 8);
+    __device__ __forceinline__ static uint32_t row_piece(uint32_t row, uint32_t piece) {
+        return row * (kGroupSize / 16) + (piece ^ row % 8);
     }
     __device__ __forceinline__ uint32_t k_stride() const { return p.num_h_rows * (kGroupSize / 16); }
     __device__ __forceinline__ const float* row_scale(uint32_t row) const {
@@ -149,7 +149,6 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) sm90_prefill_down_w
         init_ring(shared.load);
         mbarrier::fence_init();
     }
-    shared.load.zeroing.init(nullptr, 0, 0, 0);
     cluster::sync();
 
     grid_dependency::wait();

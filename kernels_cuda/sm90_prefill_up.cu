@@ -24,7 +24,6 @@ constexpr uint32_t kHiddenSize = HIDDEN_SIZE;
 constexpr uint32_t kNumChunks = NUM_CHUNKS;
 constexpr bool kDeterministic = DETERMINISTIC;
 constexpr uint32_t kNumK = kHiddenSize / kTileK;
-constexpr uint32_t kStagedRowBytes = kGroupSize + 16;  // rows apart by other than a multiple of all banks
 
 struct Params {
     TensorMap w13;  // [E * 2I, H], boxes of 128 rows x 128 bytes
@@ -54,7 +53,7 @@ static_assert(sizeof(Params) == PARAMS_BYTES, "the launcher's struct differs");
 
 struct ActivationStorage {
     union {
-        alignas(16) uint8_t staged[kBlockM][kStagedRowBytes];
+        alignas(16) uint8_t staged[kBlockM][kGroupSize];  // as they are to lie in h
         alignas(16) float amax[kNumMathWarps][kScaleSlots];  // before
     };
     alignas(16) float row_factor[kBlockM];
@@ -81,8 +80,8 @@ struct Operands {
         return p.sorted_choices[tile.first_row + row] / p.top_k;
     }
     __device__ __forceinline__ const uint4* pieces() const { return reinterpret_cast<const uint4*>(p.x_q); }
-    __device__ __forceinline__ static uint32_t row_piece(uint32_t row, uint32_t piece, uint32_t k) {
-        return row * (kHiddenSize / 16) + k * (kTileK / 16) + piece;
+    __device__ __forceinline__ static uint32_t row_piece(uint32_t row, uint32_t piece) {
+        return row * (kHiddenSize / 16) + piece;
     }
     __device__ __forceinline__ static uint32_t k_stride() { return kTileK / 16; }
     __device__ __forceinline__ const float* row_scale(uint32_t row) const { return p.x_scale + row * kNumK; }
@@ -102,21 +101,20 @@ struct Activation {
     ActivationStorage& shared;
 
     static constexpr uint32_t kNone = ~0u;
-    static constexpr uint32_t kPiecesOfRow = kGroupSize / 16;
 
     // What the down phase needs of a row whose activations have been scaled by 1 / `scale`.
-    __device__ __forceinline__ void hand_over(const PieceOfTile& piece, uint32_t row, uint32_t choice, float scale,
-                                              float weight) const {
-        const uint32_t h_row = piece.first_h_row + piece.first_of_cta() + row;
-        p.h_scale[static_cast<uint64_t>(h_row) * kNumChunks + piece.column] = scale * (weight * p.routed_scaling_factor);
-        if (piece.column == 0) p.destination[h_row] = kDeterministic ? choice : choice / p.top_k;
+    __device__ __forceinline__ void hand_over(uint32_t h_row, uint32_t chunk, uint32_t choice, float scale, float weight) const {
+        p.h_scale[static_cast<uint64_t>(h_row) * kNumChunks + chunk] = scale * (weight * p.routed_scaling_factor);
+        if (chunk == 0) p.destination[h_row] = kDeterministic ? choice : choice / p.top_k;
     }
 
-    __device__ __forceinline__ void store_piece(const PieceOfTile& piece, uint32_t row, uint32_t part) const {
-        const uint32_t index = piece.first_h_row + piece.first_of_cta() + row;
-        uint8_t* const target = p.h + (static_cast<uint64_t>(piece.column) * p.num_h_rows + index) * kGroupSize;
-        *reinterpret_cast<uint4*>(target + (part ^ index % 8) * 16) =
-            *reinterpret_cast<const uint4*>(shared.staged[row] + part * 16);
+    // The warp that sends the rows on, and waits before they are overwritten.
+    __device__ __forceinline__ static bool sends(uint32_t warp) { return registers::uniform(warp) == 0; }
+
+    __device__ __forceinline__ void send(uint32_t first_h_row, uint32_t chunk, uint32_t num_rows) const {
+        uint8_t* const target = p.h + (static_cast<uint64_t>(chunk) * p.num_h_rows + first_h_row) * kGroupSize;
+        if (num_rows > 0 && elect_one()) bulk_store(target, shared.staged, num_rows * kGroupSize);
+        __syncwarp();
     }
 
     // The activations of two columns of 8 channels, in place of the gates, as wgmma has them; their largest magnitudes.
@@ -133,9 +131,10 @@ struct Activation {
                                            const float (&up)[kCount]) {
         const uint32_t thread = registers::thread_index(), warp = thread / 32, lane = thread % 32;
         // Thread `row` has that row's choice and weight, which are asked for well before they are needed.
-        const uint32_t end = piece.rows_of_cta();
+        const uint32_t end = piece.rows_of_cta(), first_h_row = piece.first_h_row + piece.first_of_cta(), chunk = piece.column;
         const uint32_t choice = thread < end ? p.sorted_choices[piece.first_row + piece.first_of_cta() + thread] : kNone;
-        named_barrier(kMathBarrier, kNumMathThreads);  // the last item's `staged` has been stored
+        if (sends(warp)) bulk_store_wait_read();
+        named_barrier(kMathBarrier, kNumMathThreads);
         const bool first_half = !(lane & 4), first_of_pair = !(lane & 8);
         const uint32_t column = (first_half ? 0u : 8u) + 2 * (lane % 4) + (first_of_pair ? 0u : 1u);
 #pragma unroll
@@ -167,7 +166,9 @@ struct Activation {
             shared.row_factor[thread] = 1.f / scale;
         }
         named_barrier(kMathBarrier, kNumMathThreads);
-        const uint32_t channel = warp * 16 + lane / 4;  // and channel + 8
+        // Of the 16 bytes of a warp's channels a lane has these of an even row and the next one, which are alike in all 16.
+        uint8_t* const even_row = shared.staged[lane % 4 * 2] + (warp ^ lane % 4 * 2) * 16 + lane / 4;
+        uint8_t* const odd_row = shared.staged[lane % 4 * 2 + 1] + (warp ^ (lane % 4 * 2 + 1)) * 16 + lane / 4;
 #pragma unroll
         for (uint32_t i = 0; i < kCount; i += 8) {
             if (2 * i >= rows) break;
@@ -178,18 +179,32 @@ struct Activation {
                 const float* const values = gate + i + 4 * j;
                 const uint16_t first = pack_e4m3x2(values[0] * inverse.x, values[2] * inverse.x);
                 const uint16_t second = pack_e4m3x2(values[1] * inverse.y, values[3] * inverse.y);
-                shared.staged[row][channel] = static_cast<uint8_t>(first);
-                shared.staged[row][channel + 8] = static_cast<uint8_t>(first >> 8);
-                shared.staged[row + 1][channel] = static_cast<uint8_t>(second);
-                shared.staged[row + 1][channel + 8] = static_cast<uint8_t>(second >> 8);
+                const uint32_t eight_rows = (2 * i + 8 * j) * kGroupSize;
+                even_row[eight_rows] = static_cast<uint8_t>(first);
+                even_row[eight_rows + 8] = static_cast<uint8_t>(first >> 8);
+                odd_row[eight_rows] = static_cast<uint8_t>(second);
+                odd_row[eight_rows + 8] = static_cast<uint8_t>(second >> 8);
             }
         }
+        fence_async_proxy();
         named_barrier(kMathBarrier, kNumMathThreads);
-        for (uint32_t i = thread; i < end * kPiecesOfRow; i += kNumMathThreads)
-            store_piece(piece, i / kPiecesOfRow, i % kPiecesOfRow);
-        if (choice != kNone) hand_over(piece, thread, choice, scale, weight);
+        if (sends(warp)) send(first_h_row, chunk, end);
+        if (choice != kNone) hand_over(first_h_row + thread, chunk, choice, scale, weight);
     }
 };
+
+// The math threads: zeroes this CTA's part of the rows of `out`, while the first stages are on their way. Not inlined, as
+// list_jobs().
+__device__ __noinline__ void zero_out(const Params& p) {
+    const uint32_t part = ceil_div(p.num_out_rows, gridDim.x), first = part * blockIdx.x;
+    const uint32_t end = min(first + part, p.num_out_rows);
+    for (uint32_t row = first + threadIdx.x / 32; row < end; row += kNumMathWarps) {
+        uint8_t* const target = p.out + static_cast<uint64_t>(row) * (kHiddenSize * 2);
+        for (uint32_t offset = threadIdx.x % 32 * 16; offset < p.zeroed_row_bytes; offset += 32 * 16)
+            *reinterpret_cast<uint4*>(target + offset) = make_uint4(0, 0, 0, 0);
+    }
+    __syncwarp();
+}
 
 extern "C" __global__ void __launch_bounds__(kNumThreads, 1) sm90_prefill_up(const __grid_constant__ Params p) {
     extern __shared__ __align__(1024) uint8_t shared_bytes[];
@@ -200,7 +215,6 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) sm90_prefill_up(con
         init_ring(shared.load);
         mbarrier::fence_init();
     }
-    shared.load.zeroing.init(p.out, p.num_out_rows, p.zeroed_row_bytes, kHiddenSize * 2);
     cluster::sync();
 
     grid_dependency::wait();
@@ -217,10 +231,12 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) sm90_prefill_up(con
         Loader<Operands>(operands, shared.load).run(Pieces(shared.share, kNumK));
     } else {
         registers::increase<kMathRegisters>();
+        zero_out(p);
         if (blockIdx.x == 0) list_jobs(shared.jobs, p.tiles, p.num_experts, p.jobs);
         Math<kNumK, Activation>(shared.load, shared.share, Parts{p.part_sums, p.part_written},
                                 Activation{p, shared.activation})
             .run();
+        if (Activation::sends(threadIdx.x / 32)) bulk_store_wait_read();
     }
     __syncwarp();
     cluster::sync();  // a CTA's shared memory must outlive the other's last arrivals

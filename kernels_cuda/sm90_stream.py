@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import torch
 
-from kernels_cuda import activation_form, sm90, sm90_combine, sm90_fill, sm90_prologue, tiled_inputs, workspace
+from kernels_cuda import activation_form, sm90, sm90_combine, sm90_fill, sm90_prologue, tiled_inputs
 from kernels_cuda import compile as cuda_compile
 from kernels_cuda.activation_form import ActivationForm
 from kernels_cuda.calls import Call, ReadyCalls
@@ -23,7 +23,6 @@ from kernels_cuda.compile import Cubin, compile_kernel
 from kernels_cuda.launch import Kernel, load
 from kernels_cuda.sm90 import NUM_SMS, SMEM_BYTES
 from kernels_cuda.weight_tiles import tile_w2, tile_w13
-from kernels_cuda.workspace import FILLED
 from reference.quant import GROUP_SIZE
 from reference.routing import tile_capacity
 from workbench.problem import MoEInputs, MoEShape, MoEWeights, scale_blocks
@@ -226,28 +225,17 @@ class SM90StreamDeterministic(SM90Stream):
     deterministic: ClassVar[bool] = True
 
 
-def _make_call(prepared: Prepared, key: tuple[int, tiled_inputs.Given, Config]) -> Call:
-    """The launches of a call: for what is missing, of the layer, and in the deterministic form of the sum of each
-    token's rows."""
+def _make_call(prepared: Prepared, key: tiled_inputs.Key) -> Call:
+    """The call of `key`, with one launch of the layer."""
     num_tokens, given, config = key
-    shape, device, max_rows = prepared.weights.shape, prepared.weights.device, config.integer("max_rows")
+    shape, max_rows = prepared.weights.shape, config.integer("max_rows")
     num_choices, num_chunks = num_tokens * shape.top_k, scale_blocks(shape.intermediate_size)
-    num_out_bytes = num_tokens * shape.hidden_size * 2
-    marked, others = exchange(num_choices, shape.num_experts, num_chunks, max_rows, config.integer("max_parts"))
-    others |= tiled_inputs.missing_parts(given, shape, num_tokens, max_rows)
-    if prepared.deterministic:
-        others["contributions"] = shape.top_k * num_out_bytes
-    parts = workspace.layout(marked, others)
-    sizes = {"num_zero_bytes": num_out_bytes, "num_one_bytes": parts.num_filled_bytes}
-    first = tiled_inputs.bind_first(given, shape, num_tokens, max_rows, device, **sizes)
     params = _Params.from_buffer_copy(prepared.params)
     params.inputs_from_previous_kernel = given != "tiled"
     params.tile_capacity = tile_capacity(num_choices, max_rows, shape.num_experts)
     stream = prepared.kernel(config).bind(params, prepared.num_ctas, overlap_previous=True)
-    launches = [(first, {"poison": FILLED, "ones": FILLED}), (stream, {"out": "contributions"})]
-    if prepared.deterministic:
-        launches.append((sm90_combine.bind(device, num_tokens, shape), {}))
-    return prepared.calls.make(key, device, parts, launches)
+    marked, others = exchange(num_choices, shape.num_experts, num_chunks, max_rows, config.integer("max_parts"))
+    return tiled_inputs.make_call(prepared, key, marked, others, [(stream, {"out": "contributions"})], marked=True)
 
 
 def exchange(

@@ -1,21 +1,35 @@
-"""What kernels on tiles of rows need of a batch before they start: quantised tokens and the tiles of its routing."""
+"""Calls of kernels on tiles of rows, and what these need of a batch before they start: quantised tokens and the tiles
+of its routing."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import torch
 
-from kernels_cuda import activation_form, sm90_fill, sm90_prologue
+from kernels_cuda import activation_form, sm90_combine, sm90_fill, sm90_prologue, workspace
+from kernels_cuda.calls import Call, ReadyCalls
 from kernels_cuda.launch import Launch
+from kernels_cuda.workspace import FILLED
 from reference.routing import TiledRouting
-from workbench.problem import MoEInputs, MoEShape
+from workbench.problem import MoEInputs, MoEShape, MoEWeights
 from workbench.variant import Config
 
 Given = Literal["tokens", "quantised", "tiled"]
 """What of a batch is there: bf16 tokens and routing, quantised tokens and routing, or quantised tokens and tiles."""
+
+Key = tuple[int, Given, Config]
+"""What the launches of a call depend on: the number of tokens, what of the batch is there, and the config."""
+
+
+class Prepared(Protocol):
+    """A layer as the kernels have it."""
+
+    weights: MoEWeights
+    deterministic: bool
+    calls: ReadyCalls
 
 
 def align(inputs: MoEInputs, num_experts: int, max_rows: int) -> MoEInputs:
@@ -38,7 +52,37 @@ def given(inputs: MoEInputs, config: Config) -> Given:
     return "quantised"
 
 
-def missing_parts(what: Given, shape: MoEShape, num_tokens: int, max_rows: int) -> Mapping[str, int]:
+def make_call(
+    prepared: Prepared,
+    key: Key,
+    filled: Mapping[str, int],
+    others: Mapping[str, int],
+    launches: Sequence[tuple[Launch, Mapping[str, str]]],
+    *,
+    marked: bool,
+) -> Call:
+    """A call of `key`: a launch that makes what is missing of the batch and fills memory, then `launches`, and in the
+    deterministic form the sum of each token's rows in the part "contributions".
+
+    filled     bytes of the parts that are filled: with zeros, or if `marked` with ones, and then `out` with zeros
+    others     bytes of the other parts that `launches` hand each other
+    launches   as ReadyCalls.make() takes them
+    """
+    num_tokens, given, config = key
+    shape, device, max_rows = prepared.weights.shape, prepared.weights.device, config.integer("max_rows")
+    num_out_bytes = num_tokens * shape.hidden_size * 2
+    others = {**others, **_missing_parts(given, shape, num_tokens, max_rows)}
+    if prepared.deterministic:
+        others = {**others, "contributions": shape.top_k * num_out_bytes}
+        launches = [*launches, (sm90_combine.bind(device, num_tokens, shape), {})]
+    parts = workspace.layout(filled, others)
+    zeros_and_ones = (num_out_bytes, parts.num_filled_bytes) if marked else (parts.num_filled_bytes, 0)
+    first = _bind_first(given, shape, num_tokens, max_rows, device, *zeros_and_ones)
+    fields = ("poison", "ones") if marked else ("out", "zeros")  # of sm90_prologue, of sm90_fill
+    return prepared.calls.make(key, device, parts, [(first, dict.fromkeys(fields, FILLED)), *launches])
+
+
+def _missing_parts(what: Given, shape: MoEShape, num_tokens: int, max_rows: int) -> Mapping[str, int]:
     """Bytes of what the first launch has to make, by the names of kernels' parameters."""
     if what == "tiled":
         return {}
@@ -46,15 +90,14 @@ def missing_parts(what: Given, shape: MoEShape, num_tokens: int, max_rows: int) 
     return tiles if what == "quantised" else tiles | sm90_prologue.quantised_parts(num_tokens, shape.hidden_size)
 
 
-def bind_first(
+def _bind_first(
     what: Given,
     shape: MoEShape,
     num_tokens: int,
     max_rows: int,
     device: torch.device,
-    *,
     num_zero_bytes: int,
-    num_one_bytes: int = 0,
+    num_one_bytes: int,
 ) -> Launch:
     """The launch that makes the missing parts. It also clears and sets every bit of memory of so many bytes, multiples
     of 16: sm90_fill's `zeros` and `ones` if nothing is missing, else sm90_prologue's `out` and `poison`."""

@@ -17,7 +17,7 @@ import torch
 from small_layers import CPU, SHAPE, SHARED, TORCH_VARIANTS, batch, call, call_on_tensors, directly, make_layer, tensors
 
 import workbench
-from workbench import ops, registry
+from workbench import checks, ops, registry
 from workbench.errors import InputError, UnsupportedError
 from workbench.generate import make_weights
 from workbench.numerics import measure, passed
@@ -202,6 +202,7 @@ def test_freed_weights_are_released(name: str) -> None:
     gc.collect()
     assert layer() is None
     assert not ops._kept
+    assert not ops._calls
 
 
 def test_the_least_recently_used_layer_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,16 +256,19 @@ def test_calls_are_told_apart_by_all_that_makes_a_layer(weights: MoEWeights) -> 
         call_on_tensors(weights, inputs, variant="torch.loop", swiglu_limits=0.5)
 
 
-def test_nothing_is_kept_of_views_that_were_made_for_a_call(weights: MoEWeights) -> None:
+def test_views_that_are_made_for_each_call_are_known_and_not_kept(
+    weights: MoEWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked, check = [], checks.batch
+    monkeypatch.setattr(checks, "batch", lambda *given: checked.append(given) or check(*given))
     inputs = batch(SHAPE)
     for _ in range(3):
         views = tuple(tensor.view(tensor.shape) for tensor in tensors(weights))
         ops.fused_moe(inputs.tokens, *views, inputs.topk_weights, inputs.topk_ids, variant="torch.loop")
-        assert len(ops._calls) == 1
+        watched = [weakref.ref(view) for view in views]
         del views
-        assert not ops._calls
-    (kept,) = ops._kept.values()
-    assert not kept.calls
+        assert [watch() for watch in watched] == [None] * 4
+    assert len(checked) == len(ops._kept) == len(ops._calls) == 1
 
 
 def test_autocast_and_gradients_change_nothing(weights: MoEWeights) -> None:

@@ -34,6 +34,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from workbench import source_code
 from workbench.errors import InputError
 from workbench.trace import Environment
 from workbench.variant import Variant
@@ -155,19 +156,23 @@ def throttle_names(nvml: Any, reasons: int) -> tuple[str, ...]:
 
 
 def sources_digest(variant: Variant) -> str:
-    """16 hexadecimal digits over the names and contents of the variant's source files, wherever they lie."""
+    """16 hexadecimal digits over the names and the code of the variant's source files, wherever they lie.
+
+    Comments and blank lines do not count (source_code.py).
+    """
     digest = hashlib.sha256()
     for path in sorted(variant.sources()):
-        content = _content(path, path.stat().st_mtime_ns)
-        digest.update(f"{path.name}:{len(content)}\n".encode())
-        digest.update(content)
+        file = path.stat()
+        code = _code(path, file.st_mtime_ns, file.st_size)
+        digest.update(f"{path.name}:{len(code)}\n".encode())
+        digest.update(code)
     return digest.hexdigest()[:16]
 
 
 @functools.lru_cache(maxsize=256)
-def _content(path: Path, mtime_ns: int) -> bytes:
+def _code(path: Path, mtime_ns: int, num_bytes: int) -> bytes:
     """What the file holds, read once for each time that it is written."""
-    return path.read_bytes()
+    return source_code.code(path)
 
 
 def _processor() -> str:

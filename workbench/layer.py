@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import torch
-from torch.accelerator import current_device_index
 from torch.compiler import is_compiling
 
 from workbench import checks, registry, select, shipped
@@ -90,8 +89,8 @@ class MoELayer:
     ) -> None:
         self.weights = checks.weights(w13, w13_scale, w2, w2_scale, top_k, num_shared_experts, **form)
         shape = self.weights.shape
-        self._device = self.weights.device
-        self._hidden_size, self._activation_scales = shape.hidden_size, shape.activation_scales
+        self._device, self._device_index = self.weights.device, self.weights.device.index
+        self._activation_scales = shape.activation_scales
         self._on_gpu = self._device.type == "cuda"
         excluded = frozenset(exclude).union(settings().exclude) if variant == AUTO else frozenset()
         self._variants = _candidates(variant, shape, self._device, excluded)
@@ -144,9 +143,10 @@ class MoELayer:
                 x, topk_weights, topk_ids, x_scale, routed_scaling_factor, self._number
             )
             return made if out is None else out.copy_(made)
-        given = (self._passed, (), x, topk_weights, topk_ids, x_scale, routed_scaling_factor, out)
-        made = self.enqueue_alike(*given)
-        return self.enqueue(*given) if made is None else made
+        made = self.enqueue_alike(self._passed, (), x, topk_weights, topk_ids, x_scale, routed_scaling_factor, out)
+        if made is None:
+            made = self.enqueue(self._passed, (), x, topk_weights, topk_ids, x_scale, routed_scaling_factor, out)
+        return made
 
     def enqueue_alike(
         self,
@@ -167,7 +167,7 @@ class MoELayer:
             known = passed.get((x.shape, x_scale is None, out is None))
             if known is None or topk_weights.is_nested or topk_ids.is_nested:  # checks.alike must not be asked of these
                 return None
-            given = (*weights, x, topk_weights, topk_ids)
+            given: tuple[torch.Tensor, ...] = (x, topk_weights, topk_ids)
             if x_scale is not None:
                 if x_scale.is_nested:
                     return None
@@ -180,14 +180,14 @@ class MoELayer:
             return None
         alike, plan = known
         if not (
-            alike(*given)
+            alike(*(weights + given))
             and isinstance(routed_scaling_factor, (float, int))
             and math.isfinite(routed_scaling_factor)
-            and (not self._on_gpu or current_device_index() == self._device.index)
+            and (not self._on_gpu or torch._C._cuda_getDevice() == self._device_index)
         ):
             return None
         if out is None:
-            out = torch.empty((x.shape[0], self._hidden_size), dtype=torch.bfloat16, device=self._device)
+            out = torch.empty(*x.shape, dtype=torch.bfloat16, device=self._device)
         x_bf16, x_q = (x, None) if x_scale is None else (None, x)
         inputs = MoEInputs(
             topk_ids, topk_weights, x_bf16, x_q, x_scale, routed_scaling_factor, None, self._activation_scales
@@ -324,7 +324,7 @@ class MoELayer:
             return False
         if torch.is_autocast_enabled(self._device.type):
             return False
-        return not self._on_gpu or current_device_index() == self._device.index
+        return not self._on_gpu or torch._C._cuda_getDevice() == self._device_index
 
 
 _numbers = itertools.count()

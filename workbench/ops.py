@@ -62,15 +62,21 @@ def fused_moe(
             **form,
         )
         return made if out is None else out.copy_(made)
-    weights, batch = (w13, w13_scale, w2, w2_scale), (x, topk_weights, topk_ids, x_scale, routed_scaling_factor, out)
-    call: tuple[object, ...] = (id(w13), id(w13_scale), id(w2), id(w2_scale), num_shared_experts, variant)
-    if form:  # biases are told apart by where they are, not by their ids
+    weights = (w13, w13_scale, w2, w2_scale)
+    call: tuple[object, ...]
+    try:
+        call = (w13.data_ptr(), w13_scale.data_ptr(), w2.data_ptr(), w2_scale.data_ptr(), num_shared_experts, variant)
+    except AttributeError:  # one is no tensor, which is an error below
+        call = ()
+    if form:
         with_bias = form.get("w13_bias") is not None or form.get("w2_bias") is not None
         call = () if with_bias else (*call, *form.items())
-    known = _calls.get(call)
-    if known is not None and known.pointers == _pointers(*weights):
-        known.kept.last_use = next(_uses)
-        made = known.kept.layer.enqueue_alike(known.passed, weights, *batch)
+    kept = _calls.get(call)
+    if kept is not None:
+        kept.last_use = next(_uses)
+        made = kept.layer.enqueue_alike(
+            kept.passed, weights, x, topk_weights, topk_ids, x_scale, routed_scaling_factor, out
+        )
         if made is not None:
             return made
     choices = topk_ids.shape if isinstance(topk_ids, torch.Tensor) else ()
@@ -82,9 +88,9 @@ def fused_moe(
         return kept.layer(
             x, topk_weights, topk_ids, x_scale=x_scale, routed_scaling_factor=routed_scaling_factor, out=out
         )
-    if known is None or known.kept is not kept or known.pointers != _pointers(*weights):
-        known = _remember(call, weights, kept)
-    return kept.layer.enqueue(known.passed, weights, *batch)
+    _calls[call] = kept
+    kept.calls.add(call)
+    return kept.layer.enqueue(kept.passed, weights, x, topk_weights, topk_ids, x_scale, routed_scaling_factor, out)
 
 
 def forget_layers() -> None:
@@ -165,44 +171,19 @@ class Kept:
 
     layer: MoELayer
     watches: tuple[weakref.ref[torch.Tensor], ...]
-    calls: set[tuple[object, ...]]
+    passed: PassedBatches = field(default_factory=dict)
+    """Batches that came with these weights, as laid out by then."""
+    calls: set[tuple[object, ...]] = field(default_factory=set)
     """Keys of `_calls` that lead here."""
     last_use: int = 0
 
 
-@dataclass(frozen=True)
-class Call:
-    """The very objects of an earlier call of `fused_moe`: while they are where they were, their layer is known."""
-
-    kept: Kept
-    pointers: tuple[int, ...]
-    watches: tuple[weakref.ref[torch.Tensor], ...]
-    """Drop this when one of the objects is freed: another may then take its id."""
-    passed: PassedBatches = field(default_factory=dict)
-    """Batches that came with these objects, as laid out by then."""
-
-
 _kept: dict[tuple[object, ...], Kept] = {}
 """By what the tensors are: address, dtype, shape and strides."""
-_calls: dict[tuple[object, ...], Call] = {}
-"""By the ids of the tensor objects and the other arguments that make a layer: the same layers, found faster. Calls that
-differ in top_k alone take turns."""
+_calls: dict[tuple[object, ...], Kept] = {}
+"""By where the weights are and the other arguments that make a layer: the same layers, found faster. What else the
+weights are is compared with the batch. Calls that differ in that or in top_k alone take turns."""
 _uses = itertools.count(1)
-
-
-def _pointers(w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor) -> tuple[int, ...]:
-    return w13.data_ptr(), w13_scale.data_ptr(), w2.data_ptr(), w2_scale.data_ptr()
-
-
-def _remember(call: tuple[object, ...], tensors: tuple[torch.Tensor, ...], kept: Kept) -> Call:
-    def drop(_: object) -> None:
-        _calls.pop(call, None)
-        kept.calls.discard(call)
-
-    watches = tuple(weakref.ref(given, drop) for given in tensors)
-    made = _calls[call] = Call(kept, _pointers(*tensors), watches)
-    kept.calls.add(call)
-    return made
 
 
 def _forget(key: tuple[object, ...]) -> None:
@@ -231,7 +212,7 @@ def _kept_by_layout(
         return kept
     made = MoELayer(*tensors, top_k=top_k, num_shared_experts=num_shared_experts, variant=variant, **form)
     owners = (given if given._base is None else given._base for given in given_for.values())
-    kept = _kept[key] = Kept(made, tuple(weakref.ref(owner, lambda _: _forget(key)) for owner in owners), set())
+    kept = _kept[key] = Kept(made, tuple(weakref.ref(owner, lambda _: _forget(key)) for owner in owners))
     if len(_kept) > MAX_LAYERS:
         _forget(min((each for each in _kept if each != key), key=lambda each: _kept[each].last_use))
     return kept

@@ -10,9 +10,10 @@ struct ActivationForm {
 
     // gate * sigmoid(alpha * gate) * (up + beta), the gate at most the limit and up within plus and minus it.
     __device__ __forceinline__ float swiglu(float gate, float up) const {
-        gate = gate > swiglu_limit ? swiglu_limit : gate;
-        up = up > swiglu_limit ? swiglu_limit : up < -swiglu_limit ? -swiglu_limit : up;
-        return __fdividef(gate, 1.f + __expf(-swiglu_alpha * gate)) * (up + swiglu_beta);
+        constexpr float kLog2E = 1.44269504f;
+        gate = min_nan(gate, swiglu_limit);
+        up = max_nan(min_nan(up, swiglu_limit), -swiglu_limit);
+        return gate * fast_reciprocal(1.f + fast_exp2(-kLog2E * swiglu_alpha * gate)) * (up + swiglu_beta);
     }
 
     // Of a group whose largest magnitude is `amax`.

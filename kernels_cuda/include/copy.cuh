@@ -93,16 +93,17 @@ __device__ __forceinline__ void tma_multicast_4d(void* destination, const Tensor
 }
 
 // num_bytes of shared memory, a multiple of 16, to global memory. The source must be visible to the copy engine
-// (fence_async_proxy()) and stay until bulk_store_wait_all() of the same thread.
+// (fence_async_proxy()) and stay until bulk_store_wait_read() of the same thread.
 __device__ __forceinline__ void bulk_store(void* destination, const void* source, uint32_t num_bytes) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(destination),
-                 "r"(shared_address(source)), "r"(num_bytes)
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n"
+        "cp.async.bulk.commit_group;" ::"l"(destination),
+        "r"(shared_address(source)), "r"(num_bytes)
+        : "memory");
 }
 
-__device__ __forceinline__ void bulk_store_wait_all() {
-    asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;" ::: "memory");
-}
+// Until this thread's bulk stores have read their sources.
+__device__ __forceinline__ void bulk_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
 __device__ __forceinline__ void prefetch_tensor_map(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");

@@ -42,6 +42,21 @@ __device__ __forceinline__ float load_once(const float* address) {
     return value;
 }
 
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* address) {
+    uint32_t value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ uint4 load_acquire(const uint4* address) {
+    uint4 value;
+    asm volatile("ld.acquire.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "l"(address)
+                 : "memory");
+    return value;
+}
+
 __device__ __forceinline__ bool written(float value) { return __float_as_uint(value) != ~0u; }
 __device__ __forceinline__ bool written(const float4& value) {
     return written(value.x) && written(value.y) && written(value.z) && written(value.w);
@@ -54,6 +69,15 @@ __device__ __forceinline__ void store(uint4* address, uint4 value) {
     asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(value.x), "r"(value.y),
                  "r"(value.z), "r"(value.w)
                  : "memory");
+}
+
+// Polls until done(). Traps if that does not happen.
+template <typename Done>
+__device__ __forceinline__ void poll_until(Done done) {
+#pragma unroll 1
+    for (uint32_t poll = 0; poll < kMaxPolls; ++poll)
+        if (done()) return;
+    __trap();
 }
 
 // The values at address(0), address(1), ..., whose flag was seen; zeros where not wanted(i). All are under way at a time.
@@ -70,8 +94,7 @@ __device__ __forceinline__ void load_flagged(T (&value)[kCount], Wanted wanted, 
 template <typename T, uint32_t kCount, typename Wanted, typename Address>
 __device__ __forceinline__ void load(T (&value)[kCount], Wanted wanted, Address address) {
     load_flagged(value, wanted, address);
-#pragma unroll 1
-    for (uint32_t poll = 0; poll < kMaxPolls; ++poll) {
+    poll_until([&] {
         bool all = true;
 #pragma unroll
         for (uint32_t i = 0; i < kCount; ++i) {
@@ -79,20 +102,18 @@ __device__ __forceinline__ void load(T (&value)[kCount], Wanted wanted, Address 
             value[i] = load_once(address(i));
             all = false;
         }
-        if (all) return;
-    }
-    __trap();
+        return all;
+    });
 }
 
 // `value`, which load_once() gave, or what the address holds once written. Traps if that does not happen.
 template <typename T>
 __device__ __forceinline__ T await_written(T value, const T* address) {
-#pragma unroll 1
-    for (uint32_t poll = 0; poll < kMaxPolls; ++poll) {
-        if (written(value)) return value;
+    poll_until([&] {
+        if (written(value)) return true;
         value = load_once(address);
-    }
-    __trap();
+        return false;
+    });
     return value;
 }
 
@@ -103,13 +124,7 @@ __device__ __forceinline__ void signal(uint32_t* flag) {
 
 // One thread, before a barrier with those that read. Traps if the signal does not come. Not inlined, as list_jobs().
 __device__ __noinline__ void await(const uint32_t* flag) {
-#pragma unroll 1
-    for (uint32_t poll = 0; poll < kMaxPolls; ++poll) {
-        uint32_t value;
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
-        if (value == 1) return;
-    }
-    __trap();
+    poll_until([&] { return load_acquire(flag) == 1; });
 }
 
 // One thread, for what its warp wrote before a __syncwarp().
@@ -119,41 +134,28 @@ __device__ __forceinline__ void count(uint32_t* counter) {
 
 // One thread: until `counter` has come to `total`. Traps if it does not.
 __device__ __forceinline__ void await_count(const uint32_t* counter, uint32_t total) {
-#pragma unroll 1
-    for (uint32_t poll = 0; poll < kMaxPolls; ++poll) {
-        uint32_t value;
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
-        if (value == total) return;
-    }
-    __trap();
+    poll_until([&] { return load_acquire(counter) == total; });
 }
 
 // A word of shared memory that one thread raises, and whole warps without anything to do until then wait for.
 __device__ __forceinline__ void raise(uint32_t& word, uint32_t value) { atomicExch(&word, value); }
 
 __device__ __forceinline__ void await_raised(uint32_t& word, uint32_t least) {
-#pragma unroll 1
-    for (uint32_t poll = 0; poll < kMaxPolls; ++poll) {
-        if (atomicAdd(&word, 0u) >= least) return;
+    poll_until([&] {
+        if (atomicAdd(&word, 0u) >= least) return true;
         __nanosleep(200);
-    }
-    __trap();
+        return false;
+    });
 }
 
 // For the first num_flags of up to 4 flags that lie beside each other, by each thread that reads. Not inlined either.
 __device__ __noinline__ void await(const uint4* flags, uint32_t num_flags) {
-#pragma unroll 1
-    for (uint32_t poll = 0; poll < kMaxPolls; ++poll) {
-        uint4 value;
-        asm volatile("ld.acquire.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-                     : "l"(flags)
-                     : "memory");
-        if (value.x == 1 && (num_flags < 2 || value.y == 1) && (num_flags < 3 || value.z == 1) &&
-            (num_flags < 4 || value.w == 1))
-            return;
-    }
-    __trap();
+    poll_until([&] {
+        const uint4 value = load_acquire(flags);
+        // & and not &&, of which the compiler would make a branch.
+        return (value.x == 1) & (num_flags < 2 || value.y == 1) & (num_flags < 3 || value.z == 1) &
+               (num_flags < 4 || value.w == 1);
+    });
 }
 
 }  // namespace exchange

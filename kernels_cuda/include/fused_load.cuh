@@ -4,6 +4,7 @@
 #include "copy.cuh"
 #include "elect.cuh"
 #include "fused_storage.cuh"
+#include "gather.cuh"
 #include "registers.cuh"
 
 // One warp: the weight tiles of every item, gate and up halves of each K tile, then the groups of w2.
@@ -56,9 +57,6 @@ __device__ __forceinline__ void load_weights(const Params& p, SharedStorage& sha
 __device__ __forceinline__ void gather_tokens(const Params& p, SharedStorage& shared, const Schedule& schedule,
                                               uint32_t thread) {
     using registers::uniform;
-    constexpr uint32_t kPiecesPerRow = kTileK / 16;
-    constexpr uint32_t kRowsPerPass = kNumGatherThreads / kPiecesPerRow;
-    const uint32_t piece = thread % kPiecesPerRow;
     const uint32_t num_k = p.hidden_size / kTileK;
     Position ring;
     uint32_t buffer = 0;  // a thread is at most one item ahead of another, so two tables of tokens suffice
@@ -83,15 +81,12 @@ __device__ __forceinline__ void gather_tokens(const Params& p, SharedStorage& sh
         for (uint32_t k = first_k; k < last_k; ++k, ring.advance()) {
             mbarrier::wait(shared.empty[ring.stage], ring.parity ^ 1);
             // Padding reads token 0 with no bytes, which writes zeros.
-#pragma unroll
-            for (uint32_t pass = 0; pass < ceil_div(kBlockM, kRowsPerPass); ++pass) {
-                const uint32_t row = thread / kPiecesPerRow + pass * kRowsPerPass;
-                if (row >= kBlockM) continue;
+            const auto copy = [&](uint8_t* target, uint32_t row, uint32_t offset) {
                 const int32_t token = tokens[row];
-                cp_async_16(shared.tokens[ring.stage] + row * kTileK + (piece ^ row % 8) * 16,
-                            p.x_q + static_cast<uint64_t>(max(token, 0)) * p.hidden_size + k * kTileK + piece * 16,
+                cp_async_16(target, p.x_q + static_cast<uint64_t>(max(token, 0)) * p.hidden_size + k * kTileK + offset,
                             token >= 0);
-            }
+            };
+            gather_rows<kBlockM, kNumGatherThreads>(shared.tokens[ring.stage], kBlockM, thread, copy);
 #pragma unroll
             for (uint32_t row = thread; row < kBlockM; row += kNumGatherThreads) {
                 const int32_t token = tokens[row];

@@ -1,4 +1,4 @@
-// Conversions to e4m3 and bf16, and additions of bf16 into global memory.
+// Conversions to e4m3 and bf16, arithmetic by single instructions, and additions of bf16 into global memory.
 #pragma once
 #include "types.cuh"
 
@@ -22,6 +22,30 @@ __device__ __forceinline__ uint32_t pack_bf16x2(float low, float high) {
 
 __device__ __forceinline__ float bf16_low(uint32_t packed) { return __uint_as_float(packed << 16); }
 __device__ __forceinline__ float bf16_high(uint32_t packed) { return __uint_as_float(packed & 0xffff0000u); }
+
+// The smaller and the larger of two values; of a NaN and anything a NaN.
+__device__ __forceinline__ float min_nan(float a, float b) {
+    float value;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(value) : "f"(a), "f"(b));
+    return value;
+}
+__device__ __forceinline__ float max_nan(float a, float b) {
+    float value;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(value) : "f"(a), "f"(b));
+    return value;
+}
+
+// 2^x and 1 / x within two units of the last place, subnormal ones as zeros: one instruction each.
+__device__ __forceinline__ float fast_exp2(float x) {
+    float value;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+    return value;
+}
+__device__ __forceinline__ float fast_reciprocal(float x) {
+    float value;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+    return value;
+}
 
 // Adds 4 adjacent bf16 to global memory (8-byte aligned); the order of several such additions is not fixed.
 __device__ __forceinline__ void add_bf16x4(uint16_t* address, uint32_t low, uint32_t high) {

@@ -16,6 +16,7 @@
 #pragma once
 #include "cluster.cuh"
 #include "copy.cuh"
+#include "elect.cuh"
 #include "mbarrier.cuh"
 #include "prefill_schedule.cuh"
 #include "registers.cuh"
@@ -33,7 +34,6 @@ constexpr uint32_t kRowsPerLoadThread = ceil_div(kBlockM, kNumLoadThreads);  // 
 constexpr uint32_t kMathBarrier = 1;
 constexpr uint32_t kLoadBarrier = 2;
 constexpr uint32_t kClusterSize = 2;
-constexpr uint32_t kZeroBytes = 1024;
 constexpr uint32_t kNumPieces = kNumStages + 2;  // one that is finished, one in each stage, the one being written
 
 constexpr uint32_t kScaleSlots = ceil_div(kBlockM, 16u) * 16;  // scales lie in groups of 16
@@ -52,50 +52,12 @@ struct PieceOfTile {
     }
 };
 
-// Zeros written from shared memory beside other work, by one thread, as many with each step as it takes to end with the last.
-// Kept in shared memory for its registers.
-struct Zeroing {
-    alignas(128) uint8_t zeros[kZeroBytes];
-    uint8_t* row;  // the next
-    uint32_t num_rows, row_bytes, stride, offset;
-    uint32_t copies_per_step;  // of kZeroBytes
-
-    // All threads: this CTA's part of `all_rows` rows, `bytes` of each, a multiple of 16. Follow with a CTA barrier.
-    __device__ __forceinline__ void init(uint8_t* target, uint32_t all_rows, uint32_t bytes, uint32_t bytes_apart) {
-        for (uint32_t i = threadIdx.x; i < kZeroBytes / 4; i += kNumThreads) reinterpret_cast<uint32_t*>(zeros)[i] = 0;
-        fence_async_proxy();
-        if (threadIdx.x == 0) {
-            const uint32_t part = ceil_div(all_rows, gridDim.x), first = min(part * blockIdx.x, all_rows);
-            row = target + static_cast<uint64_t>(first) * bytes_apart;
-            num_rows = min(part, all_rows - first);
-            row_bytes = bytes, stride = bytes_apart, offset = 0;
-        }
-    }
-    __device__ __forceinline__ void spread(uint32_t num_steps) {
-        copies_per_step = ceil_div(num_rows * ceil_div(row_bytes, kZeroBytes), max(num_steps, 1u));
-    }
-    // Not inlined, as list_jobs().
-    __device__ __noinline__ void step() {
-        for (uint32_t i = 0; i < copies_per_step && num_rows > 0; ++i) {
-            const uint32_t num_bytes = min(kZeroBytes, row_bytes - offset);
-            bulk_store(row + offset, zeros, num_bytes);
-            offset += num_bytes;
-            if (offset == row_bytes) offset = 0, row += stride, --num_rows;
-        }
-    }
-    __device__ __forceinline__ void finish() {
-        while (num_rows > 0) step();
-        bulk_store_wait_all();
-    }
-};
-
 // Lies first in shared memory: the swizzle counts from multiples of 1024 bytes. (An alignment of its own would round up the
 // size of each struct around it.)
 template <uint32_t kNumK>
 struct LoadStorage {
     uint8_t weights[kNumStages][2][kHalfBytes];
     uint8_t rows[kNumStages][kBlockM * kTileK];
-    Zeroing zeroing;
     alignas(16) float scale[kNumStages][2][kScaleSlots];  // of a row, at its scale_slot(), times that of half of the weights
     PieceOfTile piece[kNumPieces];
     uint32_t first_of_piece[kNumStages];  // where a piece begins: its place in `piece`
@@ -106,9 +68,11 @@ struct LoadStorage {
     uint64_t empty[kNumStages];
 };
 
-// Scales are so ordered that the four that a lane needs of 16 rows as wgmma's N are adjacent: rows 2c, 2c+1, 8+2c, 9+2c.
+// Scales are so ordered that the four that a lane needs of 16 rows as wgmma's N are adjacent: rows 2c+1, 2c, 9+2c, 8+2c. The
+// odd row comes first: sums and products of even rows lie in even registers, and a third operand from an even one would have to
+// wait for them.
 __device__ __forceinline__ constexpr uint32_t scale_slot(uint32_t row) {
-    return row / 16 * 16 + row / 2 % 4 * 4 + row / 8 % 2 * 2 + row % 2;
+    return row / 16 * 16 + row / 2 % 4 * 4 + row / 8 % 2 * 2 + (row % 2 ^ 1);
 }
 
 using Ring = RingPosition<kNumStages>;
@@ -136,6 +100,7 @@ struct Loader {
     LoadStorage<kNumK>& shared;
     const uint32_t rank = cluster::cta_rank();
     const uint32_t thread = registers::thread_index() - kNumMathThreads;
+    const uint32_t warp = registers::uniform(thread / 32);
 
     __device__ __forceinline__ Loader(const Operands& operands, LoadStorage<kNumK>& shared)
         : operands(operands), shared(shared) {}
@@ -219,7 +184,6 @@ struct Loader {
         for (uint32_t i = 0; i < kRowsPerLoadThread; ++i) ahead[i] = fetch_scales(rows.own_row[i], job.piece.first_k);
         const uint32_t first_target =
             shared_address(shared.rows) + thread / 8 * kTileK + (thread % 8 ^ thread / 8 % 8) * 16;
-        if (thread == 32) shared.zeroing.spread(pieces.mean_steps());
         while (!job.end()) {
             const uint32_t first_k = job.piece.first_k, last_k = job.piece.last_k, end_row = num_rows(job);
             // A thread is at most one piece ahead of another, so two buffers suffice.
@@ -241,8 +205,11 @@ struct Loader {
             for (uint32_t pass = 0; pass < kPasses; ++pass) {
                 // Rows of the last pass past the end are copies of the last one: their products are not used.
                 const uint32_t row = min(pass * 16 + thread / 8, max(end_row, 1u) - 1);
-                source[pass] = operands.row_piece(shared.source_row[buffer][row], thread % 8, first_k);
+                source[pass] = operands.row_piece(shared.source_row[buffer][row], thread % 8);
             }
+            const uint4* pieces_of_k = operands.pieces() + static_cast<uint64_t>(first_k) * operands.k_stride();
+            // Rows are read again for each choice of a token: weights that no other tile reads make room for them.
+            const uint64_t policy = job.tile.tiles_of_expert == 1 ? evict_first_policy() : evict_normal_policy();
             const uint32_t rows_at = max(last_k, first_k + kLead) - kLead;
             Job next;
 #pragma unroll 1
@@ -265,7 +232,7 @@ struct Loader {
                 const float first_scale = shared.weight_scales[buffer][0][k], second_scale = shared.weight_scales[buffer][1][k];
                 mbarrier::wait(shared.empty[ring.stage], ring.parity ^ 1);
                 uint64_t& full = shared.full[ring.stage];
-                if (thread == 0) {
+                if (warp == 0 && elect_one()) {
                     if (k == first_k) {
                         shared.first_of_piece[ring.stage] = piece;
                         shared.piece[piece] = {job.tile.first_row,
@@ -276,17 +243,15 @@ struct Loader {
                                                last_k};
                     }
                     mbarrier::arrive_expect_bytes(full, 2 * kHalfBytes);
-                    // Rows are read again for each choice of a token: weights that no other tile reads make room for them.
-                    const uint64_t policy = job.tile.tiles_of_expert == 1 ? evict_first_policy() : evict_normal_policy();
                     operands.load_weights(shared.weights[ring.stage][rank], full, job.tile.expert, job.column, k, rank, policy);
                 }
                 const uint32_t target = first_target + ring.stage * (kBlockM * kTileK);
 #pragma unroll
                 for (uint32_t pass = 0; pass < kPasses; ++pass) {
                     const bool within = pass * 16 + thread / 8 < kBlockM;  // of half a pass there may be room only
-                    if (within && pass * 16 < end_row) cp_async_16(target + pass * 16 * kTileK, operands.pieces() + source[pass]);
-                    source[pass] += operands.k_stride();
+                    if (within && pass * 16 < end_row) cp_async_16(target + pass * 16 * kTileK, pieces_of_k + source[pass]);
                 }
+                pieces_of_k += operands.k_stride();
                 cp_async_arrive(full);
 #pragma unroll
                 for (uint32_t i = 0; i < kRowsPerLoadThread; ++i) {
@@ -295,7 +260,6 @@ struct Loader {
                     shared.scale[ring.stage][1][scale_slot(own(i))] = scale[i] * second_scale;
                 }
                 mbarrier::arrive_warp(full);
-                if (thread == 32) shared.zeroing.step();
             }
             job = next;
             piece = piece + 1 < kNumPieces ? piece + 1 : 0;
@@ -308,7 +272,6 @@ struct Loader {
         }
         cp_async_arrive(shared.full[ring.stage]);
         mbarrier::arrive_warp(shared.full[ring.stage]);
-        if (thread == 32) shared.zeroing.finish();
         cp_async_wait_all();
     }
 };

@@ -138,7 +138,7 @@ struct Math {
             for (uint32_t h = 0; h < 2; ++h) {
                 const uint32_t i = 8 * j + 4 * h;
                 if (i >= kRows / 2) break;
-                const float left = h == 0 ? four.x : four.z, right = h == 0 ? four.y : four.w;
+                const float left = h == 0 ? four.y : four.w, right = h == 0 ? four.x : four.z;
                 sum[i + 0] += partial[i + 0] * left;
                 sum[i + 1] += partial[i + 1] * right;
                 sum[i + 2] += partial[i + 2] * left;

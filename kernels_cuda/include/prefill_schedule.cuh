@@ -10,7 +10,7 @@
 #include "mbarrier.cuh"
 #include "types.cuh"
 
-constexpr uint32_t kMaxClusters = 128;
+constexpr uint32_t kMaxClusters = 96;
 constexpr uint32_t kNoItem = ~0u;
 
 // A row of reference.routing.TiledRouting.tiles.
@@ -67,9 +67,6 @@ struct Pieces {
 
     __device__ __forceinline__ Pieces(const Share& share, uint32_t num_k)
         : share(share), num_k(num_k), whole(share.number), next(share.begin) {}
-
-    // Of a share, on average.
-    __device__ __forceinline__ uint32_t mean_steps() const { return share.num_items * num_k / share.num_shares; }
 
     // The next piece of the share; item kNoItem at its end.
     __device__ __forceinline__ Piece take() {

@@ -5,6 +5,7 @@
 #include "copy.cuh"
 #include "elect.cuh"
 #include "exchange.cuh"
+#include "gather.cuh"
 #include "registers.cuh"
 #include "stream_storage.cuh"
 
@@ -194,9 +195,6 @@ struct Gatherer {
     }
 
     __device__ __forceinline__ void gather_up(const Piece& piece, float* row_weight) {
-        constexpr uint32_t kPiecesPerRow = kTileK / 16;
-        constexpr uint32_t kRowsPerPass = kNumGatherThreads / kPiecesPerRow;
-        const uint32_t column = thread % kPiecesPerRow;
         const Tile tile = tile_at(p, shared, piece.item / kNumChunks);
         int32_t* const tokens = shared.gathered_token[table ^= 1];
         if (thread < tile.num_rows) {
@@ -212,14 +210,10 @@ struct Gatherer {
 #pragma unroll 1
         for (uint32_t k = first_unit; k < last_unit; ++k, ring.advance()) {
             mbarrier::wait(shared.tokens_empty[ring.stage], ring.parity ^ 1);
-#pragma unroll
-            for (uint32_t pass = 0; pass < ceil_div(kMaxRows, kRowsPerPass); ++pass) {
-                const uint32_t row = thread / kPiecesPerRow + pass * kRowsPerPass;
-                if (row < tile.num_rows)
-                    cp_async_16(shared.tokens[ring.stage] + row * kTileK + (column ^ row % 8) * 16,
-                                p.x_q + static_cast<uint64_t>(tokens[row]) * kHiddenSize + k * kTileK + column * 16,
-                                true);
-            }
+            const auto copy = [&](uint8_t* target, uint32_t row, uint32_t offset) {
+                cp_async_16(target, p.x_q + static_cast<uint64_t>(tokens[row]) * kHiddenSize + k * kTileK + offset, true);
+            };
+            gather_rows<kMaxRows, kNumGatherThreads>(shared.tokens[ring.stage], tile.num_rows, thread, copy);
             if (thread < tile.num_rows)
                 cp_async_4(&shared.token_scale[ring.stage][thread],
                            p.x_scale + static_cast<uint64_t>(tokens[thread]) * kNumK + k, true);

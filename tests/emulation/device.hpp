@@ -208,7 +208,6 @@ inline float __int_as_float(int32_t bits) { return std::bit_cast<float>(bits); }
 inline uint32_t __float_as_uint(float value) { return std::bit_cast<uint32_t>(value); }
 inline int32_t __float_as_int(float value) { return std::bit_cast<int32_t>(value); }
 inline uint32_t __float2uint_rz(float value) { return static_cast<uint32_t>(value); }
-inline float __expf(float value) { return expf(value); }
 inline float __fdividef(float dividend, float divisor) { return dividend / divisor; }
 inline float __fdiv_rn(float dividend, float divisor) { return dividend / divisor; }
 inline float __frcp_rn(float value) { return 1.f / value; }

@@ -149,7 +149,7 @@ inline void tma_multicast_4d(void* destination, const TensorMap& map, uint64_t& 
     emulation::load_box(destination, map, barrier, {c0, c1, c2, c3, 0}, cta_mask, where);
 }
 
-// Reads its source when it is done: what is overwritten before bulk_store_wait_all() is lost.
+// Reads its source when it is done: what is overwritten before bulk_store_wait_read() is lost.
 inline void bulk_store(void* destination, const void* source, uint32_t num_bytes, EMULATED_WHERE) {
     emulation::shared_offset(source);
     if (reinterpret_cast<uintptr_t>(source) % 16 != 0 || reinterpret_cast<uintptr_t>(destination) % 16 != 0 ||
@@ -163,7 +163,7 @@ inline void bulk_store(void* destination, const void* source, uint32_t num_bytes
     });
 }
 
-inline void bulk_store_wait_all(EMULATED_WHERE) {
+inline void bulk_store_wait_read(EMULATED_WHERE) {
     emulation::Fiber& fiber = *emulation::current;
     while (fiber.num_bulk_stores > 0) emulation::launch->sleep(fiber.awaiting_bulk_stores, "its bulk stores", where);
 }

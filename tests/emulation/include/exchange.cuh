@@ -40,6 +40,14 @@ T load_once(const T* address, EMULATED_WHERE) {
     return *address;
 }
 
+template <typename Done>
+void poll_until(Done done, EMULATED_WHERE) {
+    while (!done()) {
+        emulation::launch->poll(where);
+        if (done()) emulation::launch->poll_succeeded();
+    }
+}
+
 template <typename T>
 T await_written(T value, const T* address, EMULATED_WHERE) {
     while (!written(value)) value = load_once(address, where);
@@ -66,10 +74,7 @@ inline void signal(uint32_t* flag, EMULATED_WHERE) {
 }
 
 inline void await(const uint32_t* flag, EMULATED_WHERE) {
-    while (*flag != 1) {
-        emulation::launch->poll(where);
-        if (*flag == 1) emulation::launch->poll_succeeded();
-    }
+    poll_until([&] { return *flag == 1; }, where);
 }
 
 inline void count(uint32_t* counter, EMULATED_WHERE) {
@@ -78,19 +83,13 @@ inline void count(uint32_t* counter, EMULATED_WHERE) {
 }
 
 inline void await_count(const uint32_t* counter, uint32_t total, EMULATED_WHERE) {
-    while (*counter != total) {
-        emulation::launch->poll(where);
-        if (*counter == total) emulation::launch->poll_succeeded();
-    }
+    poll_until([&] { return *counter == total; }, where);
 }
 
 inline void raise(uint32_t& word, uint32_t value) { word = value; }
 
 inline void await_raised(uint32_t& word, uint32_t least, EMULATED_WHERE) {
-    while (word < least) {
-        emulation::launch->poll(where);
-        if (word >= least) emulation::launch->poll_succeeded();
-    }
+    poll_until([&] { return word >= least; }, where);
 }
 
 inline void await(const uint4* flags, uint32_t num_flags, EMULATED_WHERE) {

@@ -1,4 +1,4 @@
-// Conversions and additions of bf16, emulated bit for bit.
+// Conversions and additions of bf16, emulated bit for bit, and the arithmetic beside them.
 #pragma once
 #include "types.cuh"
 
@@ -51,6 +51,11 @@ inline uint32_t pack_bf16x2(float low, float high) {
 
 inline float bf16_low(uint32_t packed) { return __uint_as_float(packed << 16); }
 inline float bf16_high(uint32_t packed) { return __uint_as_float(packed & 0xffff0000u); }
+
+inline float min_nan(float a, float b) { return isnan(a) || isnan(b) ? a + b : fminf(a, b); }
+inline float max_nan(float a, float b) { return isnan(a) || isnan(b) ? a + b : fmaxf(a, b); }
+inline float fast_exp2(float x) { return exp2f(x); }
+inline float fast_reciprocal(float x) { return 1.f / x; }
 
 inline void add_bf16x4(uint16_t* address, uint32_t low, uint32_t high, EMULATED_WHERE) {
     emulation::add_bf16(address, {low, high}, where);
