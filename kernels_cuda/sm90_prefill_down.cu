@@ -18,8 +18,8 @@
 //
 // Set by the compiler's command line: HIDDEN_SIZE, NUM_CHUNKS (intermediate size / 128: 1 or 2), NUM_WARPGROUPS that
 // multiply (2, 3), BLOCK_N (64, 128) columns of a product, SLAB_COLUMNS (128..512), ZEROED_COLUMNS that the up phase has
-// zeroed, DETERMINISTIC (a row for each choice is stored instead of added to `out`), and what the launcher passes: SMEM_BYTES of shared memory and PARAMS_BYTES of
-// parameters.
+// zeroed, DETERMINISTIC (a row for each choice is stored instead of added to `out`), and what the launcher passes: SMEM_BYTES
+// of shared memory and PARAMS_BYTES of parameters.
 #include "cluster.cuh"
 #include "copy.cuh"
 #include "exchange.cuh"

@@ -131,7 +131,9 @@ struct Loader {
 
     // The number of the thread's row `i`, and whether a CTA has as many.
     __device__ __forceinline__ uint32_t own(uint32_t i) const { return i * kNumLoadThreads + thread; }
-    __device__ __forceinline__ bool has(uint32_t i) const { return i * kNumLoadThreads + kNumLoadThreads <= kBlockM || own(i) < kBlockM; }
+    __device__ __forceinline__ bool has(uint32_t i) const {
+        return i * kNumLoadThreads + kNumLoadThreads <= kBlockM || own(i) < kBlockM;
+    }
 
     // The rows of the tile that are this CTA's.
     __device__ __forceinline__ uint32_t first_row(const Job& job) const { return rank * rows_per_cta(job.tile.num_rows); }
