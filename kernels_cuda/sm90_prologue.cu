@@ -16,13 +16,13 @@
 #include "activation.cuh"
 #include "cluster.cuh"
 #include "numeric.cuh"
-#include "tile_cut.cuh"
 
 constexpr uint32_t kNumThreads = 512;
 constexpr uint32_t kNumWarps = kNumThreads / 32;
 constexpr uint32_t kLargeCluster = 8;
 constexpr uint32_t kExpertsPerThread = 2;
 constexpr uint32_t kMaxExperts = kExpertsPerThread * kNumThreads;
+constexpr uint32_t kRowStep = 8;          // tiles differ in height by multiples of this
 constexpr uint32_t kMaxHeights = 64;      // two for each lane
 constexpr uint32_t kChoicesInFlight = 8;  // loads ahead of the first use, per thread
 constexpr uint32_t kGroupsInFlight = 2;
@@ -60,7 +60,7 @@ struct SharedStorage {
     alignas(8) uint32_t count[kMaxExperts];  // of this CTA's slice; read by the others of the cluster
     uint32_t next_slot[kMaxExperts];         // in sorted_choices, of this CTA's slice
     uint32_t first_slot[kMaxExperts];
-    uint32_t cut[kMaxExperts];               // packed()
+    uint32_t cut[kMaxExperts];               // Cut::packed()
     uint32_t first_tile[kMaxExperts];        // of the expert, counted among those of experts with tiles as high
     uint32_t tiles_of_height[kMaxHeights + 1];  // the index is height / kRowStep
     uint32_t warp_total[kNumWarps];
@@ -139,11 +139,21 @@ __device__ __forceinline__ uint32_t experts_before(const SharedStorage& shared, 
     return before;
 }
 
-// A TileCut in one word, and its tiles if they are of one height, in units of kRowStep.
-__device__ __forceinline__ uint32_t packed(const TileCut& cut) { return cut.num_tiles << 6 | cut.height / kRowStep; }
-__device__ __forceinline__ uint32_t tiles_as_high(uint32_t packed_cut, uint32_t height) {
-    return packed_cut % kMaxHeights == height ? packed_cut >> 6 : 0u;
-}
+// An expert's rows, cut into tiles of `height` rows, the last of what is left.
+struct Cut {
+    uint32_t height, num_tiles;
+
+    __device__ __forceinline__ Cut(uint32_t num_rows, uint32_t max_rows) : height(0), num_tiles(0) {
+        if (num_rows == 0) return;
+        const uint32_t even = ceil_div(num_rows, ceil_div(num_rows, max_rows));
+        height = ceil_div(even, kRowStep) * kRowStep;
+        num_tiles = ceil_div(num_rows, height);
+    }
+    __device__ __forceinline__ uint32_t packed() const { return num_tiles << 6 | height / kRowStep; }
+    static __device__ __forceinline__ uint32_t tiles_as_high(uint32_t packed, uint32_t height) {
+        return packed % kMaxHeights == height ? packed >> 6 : 0u;
+    }
+};
 
 // For every expert the position of its tiles among those of experts with tiles as high: a warp takes one height, a lane a
 // run of experts. Heights are in units of kRowStep; the loops are over an odd number of experts, which keeps lanes on
@@ -154,13 +164,13 @@ __device__ __forceinline__ void rank_tiles(const Params& p, SharedStorage& share
     const uint32_t begin = lane * run, end = min(begin + run, p.num_experts);
     for (uint32_t height = warp + 1; height <= p.max_rows / kRowStep; height += kNumWarps) {
         uint32_t num_tiles = 0;
-        for (uint32_t expert = begin; expert < end; ++expert) num_tiles += tiles_as_high(shared.cut[expert], height);
+        for (uint32_t expert = begin; expert < end; ++expert) num_tiles += Cut::tiles_as_high(shared.cut[expert], height);
         const uint32_t sum = inclusive_sum_of_warp(num_tiles);
         if (lane == 31) shared.tiles_of_height[height] = sum;
         if (num_tiles == 0) continue;
         uint32_t tile = sum - num_tiles;
         for (uint32_t expert = begin; expert < end; ++expert) {
-            if (const uint32_t own = tiles_as_high(shared.cut[expert], height)) {
+            if (const uint32_t own = Cut::tiles_as_high(shared.cut[expert], height)) {
                 shared.first_tile[expert] = tile;
                 tile += own;
             }
@@ -175,7 +185,7 @@ __device__ __forceinline__ void write_tiles(const Params& p, SharedStorage& shar
     const uint32_t first_expert = kExpertsPerThread * threadIdx.x;
 #pragma unroll
     for (uint32_t i = 0; i < kExpertsPerThread; ++i)
-        shared.cut[first_expert + i] = packed(TileCut(count[i], p.max_rows));
+        shared.cut[first_expert + i] = Cut(count[i], p.max_rows).packed();
     __syncthreads();
     rank_tiles(p, shared);
     __syncthreads();
@@ -189,7 +199,7 @@ __device__ __forceinline__ void write_tiles(const Params& p, SharedStorage& shar
 #pragma unroll
     for (uint32_t i = 0; i < kExpertsPerThread; ++i) {
         const uint32_t expert = first_expert + i;
-        const TileCut cut(count[i], p.max_rows);
+        const Cut cut(count[i], p.max_rows);
         const uint32_t index_of_height = (kMaxHeights - 1 - cut.height / kRowStep) % kMaxHeights;
         uint32_t before = __shfl_sync(~0u, sum - num_tiles, index_of_height / 2);
         const uint32_t higher = __shfl_sync(~0u, higher_tiles, index_of_height / 2);

@@ -22,9 +22,6 @@
 // Where there are only a few jobs no tickets are needed: a CTA has at most one piece of each phase, and computes the
 // activations of its own tile itself, which saves the second meeting.
 //
-// In a call on tokens the kernel before groups the choices, and this one starts beside it. It need not wait: of up to 2048
-// choices each CTA finds its first tile by itself, and fills its ring with that tile's weights (stream_first_tile.cuh).
-//
 // DETERMINISTIC cuts all jobs alike, whatever the batch, and stores a row for each choice instead of adding it to `out`;
 // sm90_combine.cu adds those up in a fixed order.
 //
@@ -43,7 +40,6 @@
 // at a time), DETERMINISTIC, and what the launcher passes: SMEM_BYTES of shared memory and PARAMS_BYTES of parameters.
 #include "cluster.cuh"
 #include "registers.cuh"
-#include "stream_first_tile.cuh"
 #include "stream_load.cuh"
 #include "stream_math.cuh"
 
@@ -51,15 +47,10 @@ extern "C" __global__ void __launch_bounds__(kThreadsToFit, 1) sm90_stream(const
     extern __shared__ __align__(1024) uint8_t shared_bytes[];
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(shared_bytes);
 
+    if (p.inputs_from_previous_kernel) grid_dependency::wait();
     WeightLoader loader(p, shared);
     const uint32_t thread = threadIdx.x;
-    const bool loads = thread / 32 == kNumMathWarps;
-    if (p.num_choices > 0) {
-        find_first_tile(p, shared);
-        if (loads) loader.start_early();
-    }
-    if (p.inputs_from_previous_kernel) grid_dependency::wait();
-    if (p.num_choices == 0 && loads) loader.start();
+    if (thread / 32 == kNumMathWarps) loader.start();
     if (thread < kNumMathThreads) copy_table(p, shared);  // the loader's warp would wait behind its weights
     __syncthreads();
     if (shared.num_tiles == 0) return;

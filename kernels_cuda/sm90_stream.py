@@ -39,7 +39,6 @@ SUMS_ROW_BYTES = 1024
 FLAGGED_PARTS = 4  # with so many parts of a job at most, a flag follows its sums: there are too many of them to mark
 FLAG_BYTES = 8 * FLAGGED_PARTS * 4  # of a job: for each warp and part
 FUSED_FROM = 1.6  # tiles for each SM
-OWN_FIRST_TILE_CHOICES = 2048  # of a batch, at most, of which each CTA finds its first tile while they are grouped
 DETERMINISTIC_PARTS = 8  # of a job, whatever the batch
 
 
@@ -51,7 +50,6 @@ class _Params(ctypes.Structure):
         ("x_scale", ctypes.c_uint64),
         ("w13_scale", ctypes.c_uint64),
         ("w2_scale", ctypes.c_uint64),
-        ("topk_ids", ctypes.c_uint64),
         ("sorted_choices", ctypes.c_uint64),
         ("tiles", ctypes.c_uint64),
         ("topk_weights", ctypes.c_uint64),
@@ -66,8 +64,6 @@ class _Params(ctypes.Structure):
         ("top_k", ctypes.c_uint32),
         ("tile_capacity", ctypes.c_uint32),
         ("inputs_from_previous_kernel", ctypes.c_uint32),
-        ("num_choices", ctypes.c_uint32),
-        ("num_experts", ctypes.c_uint32),
     )
 
 
@@ -199,7 +195,7 @@ class SM90Stream(Variant):
         if given == "tiled":
             first.zeros = address
         else:
-            first.out, stream.topk_ids = address, inputs.topk_ids.data_ptr()
+            first.out = address
         if combine:
             combine[0].topk_ids, combine[0].out = inputs.topk_ids.data_ptr(), address
         else:
@@ -236,8 +232,6 @@ def _make_call(prepared: Prepared, key: tiled_inputs.Key) -> Call:
     num_choices, num_chunks = num_tokens * shape.top_k, scale_blocks(shape.intermediate_size)
     params = _Params.from_buffer_copy(prepared.params)
     params.inputs_from_previous_kernel = given != "tiled"
-    if given != "tiled" and num_choices <= OWN_FIRST_TILE_CHOICES:
-        params.num_choices, params.num_experts = num_choices, shape.num_experts
     params.tile_capacity = tile_capacity(num_choices, max_rows, shape.num_experts)
     stream = prepared.kernel(config).bind(params, prepared.num_ctas, overlap_previous=True)
     marked, others = exchange(num_choices, shape.num_experts, num_chunks, max_rows, config.integer("max_parts"))

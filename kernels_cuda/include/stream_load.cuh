@@ -15,7 +15,7 @@ struct WeightLoader {
     SharedStorage& shared;
     const uint64_t policy = evict_first_policy();
     Position ring, arriving;
-    uint32_t num_under_way = 0;
+    uint32_t num_loads = 0;
     QueuePosition queue;
 
     __device__ __forceinline__ WeightLoader(const Params& p, SharedStorage& shared) : p(p), shared(shared) {}
@@ -42,24 +42,13 @@ struct WeightLoader {
         int32_t expert = __shfl_sync(~0u, low_expert, tile);
         if (tile >= 32) expert = __shfl_sync(~0u, other_expert, __ffs(holders) - 1);
         if (tile >= 32 && holders == 0) expert = p.tiles[1 + tile].expert;
-        load_first(piece, expert, kNumInFlight);
-    }
-
-    // The same after find_first_tile(). Nothing else is under way yet, so that all of the ring may be.
-    __device__ __forceinline__ void start_early() {
-        if (elect_one()) init_barriers();
-        __syncwarp();
-        if (shared.num_tiles == 0) return;
-        const Schedule schedule(shared.num_tiles);
-        if (schedule.first_ticket() >= schedule.num_up) return;
-        load_first(schedule.piece(schedule.first_ticket()), shared.first_expert, kNumStages);
-    }
-
-    __device__ __forceinline__ void load_first(const Piece& piece, uint32_t expert, uint32_t most_units) {
-        const uint32_t end = min(piece.last_unit, piece.first_unit + most_units);
 #pragma unroll 1
-        for (uint32_t k = piece.first_unit; k < end; ++k, ++num_under_way)
+        for (uint32_t k = piece.first_unit; k < early_end(piece); ++k, ++num_loads)
             issue(up_stage(expert, piece.item % kNumChunks, k), kStageBytes);
+    }
+
+    __device__ __forceinline__ static uint32_t early_end(const Piece& piece) {
+        return min(piece.last_unit, piece.first_unit + kNumInFlight);
     }
 
     __device__ __forceinline__ void init_barriers() {
@@ -85,13 +74,9 @@ struct WeightLoader {
 
     // At most kNumInFlight loads are under way at a time.
     __device__ __forceinline__ void load(const uint8_t* source, uint32_t num_bytes) {
-        if constexpr (kNumInFlight < kNumStages) {
-#pragma unroll 1
-            for (; num_under_way >= kNumInFlight; --num_under_way) {  // the oldest
-                mbarrier::wait(shared.full[arriving.stage], arriving.parity);
-                arriving.advance();
-            }
-            ++num_under_way;
+        if (kNumInFlight < kNumStages && num_loads++ >= kNumInFlight) {
+            mbarrier::wait(shared.full[arriving.stage], arriving.parity);
+            arriving.advance();
         }
         mbarrier::wait(shared.empty[ring.stage], ring.parity ^ 1);
         issue(source, num_bytes);
@@ -118,26 +103,23 @@ struct WeightLoader {
         queue.advance();
     }
 
-    // After start() or start_early(), whose first piece it goes on with. Of the jobs in parts this CTA owes the activations of
-    // every kNumCtas-th, before its first piece of a down phase or earlier.
+    // After start(), whose first piece it goes on with. Of the jobs in parts this CTA owes the activations of every
+    // kNumCtas-th, before its first piece of a down phase or earlier.
     __device__ __forceinline__ void run() {
         using registers::uniform;
         const Schedule schedule(uniform(shared.num_tiles));
-        // Here and not in start(), where it would delay the first load.
-        const uint32_t num_early = num_under_way = uniform(num_under_way);
+        num_loads = uniform(num_loads);  // here and not in start(), where it would delay the first load
         ring = {uniform(ring.stage), uniform(ring.parity)};
         bool first = true, counter_is_set = false;
         uint32_t ticket = schedule.first_ticket(), owed_job = schedule.few ? ~0u : schedule.up.num_whole + blockIdx.x;
         Piece piece = schedule.piece(ticket);
-        if (p.num_choices > 0 && num_early > 0 && tile_at(p, shared, piece.item / kNumChunks).expert != shared.first_expert)
-            __trap();  // the two kernels differ in the order of tiles
 #pragma unroll 1
         for (;;) {
             for (; owed_job < schedule.num_summed_up(ticket, piece); owed_job += kNumCtas)
                 begin({owed_job, 0, 0, 0, kActivate});
             begin(piece);
             if (piece.phase == kEnd) break;
-            if (first) piece.first_unit += num_early;
+            if (first && piece.phase == kUp) piece.first_unit = early_end(piece);
             const bool takes = !schedule.few && (!kFuses || piece.phase != kFusedUp);
             uint32_t taken = 0;
             if (takes) {

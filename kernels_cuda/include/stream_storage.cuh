@@ -21,7 +21,6 @@ struct Params {
     const float* x_scale;
     const float* w13_scale;
     const float* w2_scale;
-    const int32_t* topk_ids;  // [num_choices]
     const int32_t* sorted_choices;
     const Tile* tiles;  // [1 + tile_capacity]; the first entry is {number of tiles, ...}
     const float* topk_weights;
@@ -37,8 +36,6 @@ struct Params {
     uint32_t top_k;
     uint32_t tile_capacity;
     uint32_t inputs_from_previous_kernel;  // tokens and routing are written by the kernel just before in the stream
-    uint32_t num_choices;  // that it groups, few enough to find the first tile meanwhile; 0: that is left out
-    uint32_t num_experts;
 };
 
 static_assert(sizeof(Params) == PARAMS_BYTES, "the launcher's struct differs");
@@ -69,7 +66,6 @@ struct SharedStorage {
     float queue_weight[kQueueSize][kMaxRows];  // topk_weights of the tile's rows, for pieces of the up phase
     int32_t gathered_token[2][kMaxRows];
     uint32_t num_tiles;
-    int32_t first_expert;  // find_first_tile()
     uint64_t full[kNumStages];  // weights
     uint64_t empty[kNumStages];
     uint64_t tokens_full[kNumTokenStages];  // in the up phase tokens and scales
