@@ -5,7 +5,7 @@
 // columns of `out`. Items go by slabs of 512 columns: all tiles add to one slab, which stays in L2, before the next.
 // sm90_prefill_down.cu keeps the weights of a slab in shared memory instead, where they fit.
 //
-// Set by the compiler's command line: HIDDEN_SIZE, NUM_CHUNKS (intermediate size / 128), BLOCK_M (64, 96, 128), NUM_STAGES,
+// Set by the compiler's command line: HIDDEN_SIZE, NUM_CHUNKS (intermediate size / 128), BLOCK_M (64, 80, 96, 136), NUM_STAGES,
 // DETERMINISTIC (items are never split, a row for each choice is stored instead of added to `out`), and what the launcher
 // passes: SMEM_BYTES of shared memory and PARAMS_BYTES of parameters.
 #include "numeric.cuh"

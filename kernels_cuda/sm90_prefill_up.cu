@@ -5,14 +5,14 @@
 // loads half into both. Clusters share the work to the step of K (prefill_schedule.cuh), tokens are gathered and weights
 // multicast by a producer warpgroup (prefill_load.cuh), and multiplied by two others (prefill_math.cuh).
 //
-// h goes to memory as tiles that the down phase fetches by plain bulk copies: chunk by chunk, 128 bytes a row, the pieces
-// of a row swizzled by its number. Beside it this kernel does what the down phase needs and nothing else would: it zeroes
+// h goes to memory, and to the down phase, by plain bulk copies: chunk by chunk, 128 bytes a row, the pieces of a row
+// swizzled by its number. Beside it this kernel does what the down phase needs and nothing else would: it zeroes
 // the first columns of `out`, and folds each row's weight into its scales. Its first CTA lists the jobs of the down phase.
 //
-// On an H200, with the launch before it, dsv3_tp8: 400 us at M=4096 (676 TFLOP/s), 672 at M=8192 (805 TFLOP/s):
-// experiments/2026-11-28_prefill_steps, with where the time goes.
+// On an H200, with the launch before it, dsv3_tp8: 366 us at M=4096 (739 TFLOP/s), 594 at M=8192 (911 TFLOP/s):
+// experiments/2026-11-28_prefill_producers, with what holds it: at once tensor cores, shared memory, and L2.
 //
-// Set by the compiler's command line: HIDDEN_SIZE, NUM_CHUNKS (intermediate size / 128), BLOCK_M (64, 96, 136), NUM_STAGES,
+// Set by the compiler's command line: HIDDEN_SIZE, NUM_CHUNKS (intermediate size / 128), BLOCK_M (64, 80, 96, 136), NUM_STAGES,
 // DETERMINISTIC (items are never split), and what the launcher passes: SMEM_BYTES of shared memory and PARAMS_BYTES of
 // parameters.
 #include "activation.cuh"
@@ -166,7 +166,7 @@ struct Activation {
             shared.row_factor[thread] = 1.f / scale;
         }
         named_barrier(kMathBarrier, kNumMathThreads);
-        // Of the 16 bytes of a warp's channels a lane has these of an even row and the next one, which are alike in all 16.
+        // Where a lane's channels lie in its first two rows; in those that are a multiple of 8 on they lie alike.
         uint8_t* const even_row = shared.staged[lane % 4 * 2] + (warp ^ lane % 4 * 2) * 16 + lane / 4;
         uint8_t* const odd_row = shared.staged[lane % 4 * 2 + 1] + (warp ^ (lane % 4 * 2 + 1)) * 16 + lane / 4;
 #pragma unroll

@@ -1,39 +1,38 @@
-"""The README's tables and figures from h200_traces.jsonl.gz beside this file: what `workbench compare` benched under
-uniform routing."""
+"""The README's tables and figures from the h200_traces.jsonl.gz of a folder, by default this one: what
+`workbench compare` benched under uniform routing.
+
+    PYTHONPATH=. python experiments/2026-11-27_compare/table.py [folder]
+"""
 
 from __future__ import annotations
 
 import gzip
 import json
 import math
+import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
 PEERS = json.loads((HERE.parent / "2026-11-23_first_comparison" / "peers.json").read_text())["rows"]
 SHAPES = {(257, 128): "dsv3_tp16", (257, 256): "dsv3_tp8", (512, 128): "qwen3next_tp4"}
-VARIANTS = (
-    "cuda.sm90_stream",
-    "cuda.sm90_fused",
-    "cuda.sm90_prefill",
-    "cuda.sm90_stream_deterministic",
-    "cuda.sm90_prefill_deterministic",
-    "triton.grouped",
-)
-OURS = VARIANTS[:3]
-
-
-COLUMNS = (
-    *("M", "floor", "stream", "fused", "prefill", "stream, det.", "prefill, det.", "triton"),
-    *("best of floor", "best published", "times faster"),
-)
+OURS = ("cuda.sm90_stream", "cuda.sm90_fused", "cuda.sm90_prefill")
+COLUMNS = {
+    "cuda.sm90_stream": "stream",
+    "cuda.sm90_fused": "fused",
+    "cuda.sm90_prefill": "prefill",
+    "cuda.sm90_stream_deterministic": "stream, det.",
+    "cuda.sm90_prefill_deterministic": "prefill, det.",
+    "triton.grouped": "triton",
+}
 
 
 def main() -> None:
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE
     peers = {(row["shape"], row["num_tokens"]): row["best_us"] for row in PEERS}
     times: dict[tuple[str, int], dict[str, float]] = {}
     layers: dict[tuple[str, int], float] = {}
     floors: dict[tuple[str, int], float] = {}
-    with gzip.open(HERE / "h200_traces.jsonl.gz", "rt") as lines:
+    with gzip.open(folder / "h200_traces.jsonl.gz", "rt") as lines:
         for record in map(json.loads, lines):
             key = record["key"]
             if (record["job"], key["routing"]) != ("bench", "uniform"):
@@ -49,12 +48,14 @@ def main() -> None:
             best = times.setdefault(cell, {})
             best[key["variant"]] = min(best.get(key["variant"], math.inf), us)
     ratios = []
+    timed = [name for name in COLUMNS if any(name in best for best in times.values())]
+    heads = ["M", "floor", *(COLUMNS[name] for name in timed), "best of floor", "best published", "times faster"]
     for shape in SHAPES.values():
-        print(f"\n**{shape}**\n\n| {' | '.join(COLUMNS)} |\n|{' ---: |' * len(COLUMNS)}")
+        print(f"\n**{shape}**\n\n| {' | '.join(heads)} |\n|{' ---: |' * len(heads)}")
         for num_tokens in sorted(m for name, m in times if name == shape):
             best, floor, peer = times[shape, num_tokens], floors[shape, num_tokens], peers[shape, num_tokens]
             ours = min(best[name] for name in OURS)
-            figures = " | ".join(f"{best[name]:.1f}" if name in best else "" for name in VARIANTS)
+            figures = " | ".join(f"{best[name]:.1f}" if name in best else "" for name in timed)
             print(f"| {num_tokens} | {floor:.1f} | {figures} | {ours / floor:.2f} | {peer:.1f} | {peer / ours:.2f} |")
             ratios.append(peer / ours)
     beyond = {cell: (us - min(times[cell][name] for name in OURS), us) for cell, us in layers.items()}
@@ -67,9 +68,12 @@ def main() -> None:
         cost = {
             cell: best[f"cuda.sm90_{form}_deterministic"] / best[f"cuda.sm90_{form}"] - 1
             for cell, best in times.items()
+            if f"cuda.sm90_{form}_deterministic" in best
         }
         for least, most in ((1, 63), (64, 512), (1024, 8192)):
             some = [each for (_, m), each in cost.items() if least <= m <= most]
+            if not some:
+                continue
             print(f"\ndeterministic {form}, {least} <= M <= {most}: {min(some):.0%} to {max(some):.0%}")
     mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
     print(f"\n{len(ratios)} cells: geometric mean {mean:.3f}, least {min(ratios):.3f}")
