@@ -174,8 +174,9 @@ struct Loader {
     }
 
     // A step's instructions come one after another in each warp, and math waits for the last of them: so what can be is read
-    // before the wait for a free stage, addresses are not worked out anew, and what is the same for all is known to be
-    // (registers::uniform()).
+    // before the wait for a free stage, and what is the same for all is known to be (registers::uniform()). Rows are numbers of
+    // pieces from one base that moves with K, in uniform registers: a row is a shift and an addition. Of a base that stands
+    // still the compiler loads and multiplies anew for each row, and the rows wait for each other.
     __device__ __forceinline__ void run(Pieces pieces) {
         Ring ring;
         uint32_t buffer = 0, piece = 0;
