@@ -171,7 +171,7 @@ def sources_digest(variant: Variant) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _code(path: Path, mtime_ns: int, num_bytes: int) -> bytes:
-    """What the file holds, read once for each time that it is written."""
+    """The code in the file, read once for each time that it is written."""
     return source_code.code(path)
 
 

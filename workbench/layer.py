@@ -183,7 +183,7 @@ class MoELayer:
             alike(*(weights + given))
             and isinstance(routed_scaling_factor, (float, int))
             and math.isfinite(routed_scaling_factor)
-            and (not self._on_gpu or torch._C._cuda_getDevice() == self._device_index)
+            and self._is_on_current_device()
         ):
             return None
         if out is None:
@@ -324,6 +324,9 @@ class MoELayer:
             return False
         if torch.is_autocast_enabled(self._device.type):
             return False
+        return self._is_on_current_device()
+
+    def _is_on_current_device(self) -> bool:
         return not self._on_gpu or torch._C._cuda_getDevice() == self._device_index
 
 
