@@ -2,7 +2,8 @@
 // others quantise the tokens, zero the output and fill a scratch area with ones. Each part is left out when it has
 // nothing to do.
 //
-// Grouping is a counting sort in shared memory, by one CTA for few choices and by clusters for many. The CTAs of a
+// Grouping is a counting sort in shared memory, by one CTA for few choices and by clusters for many. In decode, where the
+// next kernel waits for it, a choice keeps its rank from the count, and one sum numbers slots and tiles. The CTAs of a
 // cluster count a slice of the choices each and read one another's counts. More clusters share nothing: each counts all
 // choices and scatters those of some experts, because scattered stores, not counting, are what takes long. Nothing
 // outlives the launch.
@@ -26,6 +27,7 @@ constexpr uint32_t kRowStep = 8;          // tiles differ in height by multiples
 constexpr uint32_t kMaxHeights = 64;      // two for each lane
 constexpr uint32_t kChoicesInFlight = 8;  // loads ahead of the first use, per thread
 constexpr uint32_t kGroupsInFlight = 2;
+constexpr uint32_t kFewPerThread = 2;     // choices of a small batch
 
 struct Params {
     // group by expert; no routing CTAs: leave out
@@ -287,6 +289,56 @@ __device__ __forceinline__ void route(const Params& p, SharedStorage& shared) {
     if constexpr (kClusterSize > 1) cluster::sync();  // the others may still be reading this CTA's counts
 }
 
+// One CTA, for few choices in tiles of one height: a choice keeps its rank among its expert's from the count, and tiles are
+// numbered by the same sum as slots.
+__device__ __forceinline__ void route_few(const Params& p, SharedStorage& shared) {
+    const uint32_t first_expert = kExpertsPerThread * threadIdx.x;
+    uint32_t expert[kFewPerThread], rank[kFewPerThread];
+#pragma unroll
+    for (uint32_t i = 0; i < kFewPerThread; ++i) {
+        const uint32_t choice = i * kNumThreads + threadIdx.x;
+        expert[i] = choice < p.num_choices ? p.topk_ids[choice] : ~0u;
+    }
+    *reinterpret_cast<uint2*>(&shared.count[first_expert]) = make_uint2(0, 0);
+    __syncthreads();
+#pragma unroll
+    for (uint32_t i = 0; i < kFewPerThread; ++i)
+        rank[i] = expert[i] < p.num_experts ? atomicAdd(&shared.count[expert[i]], 1u) : 0u;
+    __syncthreads();
+
+    uint32_t count[kExpertsPerThread], packed[kExpertsPerThread], total;  // slots, and from bit 16 on tiles
+#pragma unroll
+    for (uint32_t i = 0; i < kExpertsPerThread; ++i) {
+        count[i] = shared.count[first_expert + i];
+        packed[i] = count[i] | ceil_div(count[i], kRowStep) << 16;
+    }
+    uint32_t before = exclusive_sum(packed[0] + packed[1], shared.warp_total, total);
+    if (threadIdx.x == 0) p.tiles[0] = make_int4(total >> 16, total & 0xffff, 0, 0);
+#pragma unroll
+    for (uint32_t i = 0; i < kExpertsPerThread; ++i) {
+        const uint32_t first_slot = before & 0xffff, num_tiles = packed[i] >> 16;
+        int4* const tiles = p.tiles + 1 + (before >> 16);
+        shared.first_slot[first_expert + i] = first_slot;
+#pragma unroll 1
+        for (uint32_t index = 0; index < num_tiles; ++index) {
+            const uint32_t start = index * kRowStep;
+            tiles[index] = make_int4(first_expert + i, first_slot + start, min(kRowStep, count[i] - start), num_tiles);
+        }
+        before += packed[i];
+    }
+    __syncthreads();
+#pragma unroll
+    for (uint32_t i = 0; i < kFewPerThread; ++i) {
+        const uint32_t choice = i * kNumThreads + threadIdx.x;
+        if (expert[i] < p.num_experts) p.sorted_choices[shared.first_slot[expert[i]] + rank[i]] = choice;
+    }
+}
+
+__device__ __forceinline__ bool routes_few(const Params& p) {
+    return p.tiles != nullptr && p.max_rows == kRowStep && p.num_choices <= kFewPerThread * kNumThreads &&
+           p.num_routing_ctas == 1;
+}
+
 // value / scale, rounded; -0 stays -0.
 __device__ __forceinline__ float quotient(float value, float scale, float reciprocal) {
     const float product = value * reciprocal;
@@ -356,7 +408,9 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 2) sm90_prologue(const
     __shared__ SharedStorage shared;
     grid_dependency::launch_dependents();
     if (blockIdx.x < p.num_routing_ctas) {
-        if (p.cluster_size == 1)
+        if (routes_few(p))
+            route_few(p, shared);
+        else if (p.cluster_size == 1)
             route<1>(p, shared);
         else
             route<kLargeCluster>(p, shared);
