@@ -34,7 +34,7 @@ MOST_SLAB_CHUNKS = 2
 """Up to so many chunks of 128 channels the weights of a slab of columns stay in shared memory."""
 HEIGHTS = {128: 100, 160: 140, 192: 200, 272: math.inf}
 """Heights of tiles, each with the most rows of an expert, on average, up to which it is the default; from 20 to
-290 rows were measured (experiments/2026-11-28_prefill_steps)."""
+290 rows were measured (experiments/2026-11-28_prefill_steps, 2026-11-28_prefill_producers)."""
 LEAST_STAGES = 4
 """A height whose ring has fewer is not offered."""
 SLAB_COLUMNS = (256, 512, 384, 128)

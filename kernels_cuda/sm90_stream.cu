@@ -26,8 +26,11 @@
 // sm90_combine.cu adds those up in a fixed order.
 //
 // Over sm90_fused.cu: SMs share bytes, not items, so that none idles where items do not divide over SMs. On an H200, kernel
-// alone, of the floor of reading the weights: dsv3_tp16 M=8 44.5 us (1.23), M=64 142 (1.04), M=256 171 (1.09); dsv3_tp8 M=64
-// 269 (0.99), M=256 320 (1.03); qwen3next_tp4 M=256 98 (1.10): experiments/2026-11-27_fused_tickets, with what holds it.
+// alone, of the floor of reading the weights: dsv3_tp16 M=1 11.7 us (1.58), M=16 67 (1.06), M=64 140 (1.03), M=256 167 (1.06);
+// dsv3_tp8 M=64 274 (1.01), M=256 319 (1.03); qwen3next_tp4 M=16 32 (1.25), M=256 94 (1.05): experiments/2026-11-28_compare, and
+// 2026-11-28_additions with what holds it.
+//
+// A call of a few microseconds fetches its code from memory as it goes: what a kernel does not need is left out of it.
 //
 // With up to 16 rows gate and up are multiplied in f16 (mma.cuh), for the sake of the error: 0.0053 -> 0.0042 typical, and
 // 0.0090 -> 0.0051 at most over many batches. It costs up to 1 % for M from 8 to 256 and nothing that the benches show at
@@ -36,8 +39,9 @@
 // Warps 0-7 (two warpgroups) multiply; warp 8 takes tickets and loads weights; warps 9-11 gather tokens and scales.
 //
 // Set by the compiler's command line: MAX_ROWS (8, 16, 24, 32, 48, 64), HIDDEN_SIZE, NUM_CHUNKS (intermediate size / 128),
-// MAX_PARTS (most pieces of a job), NUM_STAGES, NUM_IN_FLIGHT (stages whose loads may be under way), NUM_CTAS (all resident
-// at a time), DETERMINISTIC, and what the launcher passes: SMEM_BYTES of shared memory and PARAMS_BYTES of parameters.
+// MAX_PARTS (most pieces of a job), NUM_STAGES, NUM_IN_FLIGHT (stages whose loads may be under way), NUM_BUFFERS (pieces of
+// the down phase whose activations may be), NUM_CTAS (all resident at a time), DETERMINISTIC, and what the launcher passes:
+// SMEM_BYTES of shared memory and PARAMS_BYTES of parameters.
 #include "cluster.cuh"
 #include "registers.cuh"
 #include "stream_load.cuh"

@@ -32,6 +32,7 @@ KERNEL = "sm90_stream"
 NUM_THREADS = 384
 STAGE_BYTES = 2 * 128 * 128
 MAX_STAGES = 6
+FEWEST_BUFFERS = 2
 MAX_ROWS = (8, 16, 24, 32, 48, 64)
 TABLE_TILES = 512  # of which a CTA keeps its own copy
 QUEUE_SIZE = 8  # pieces of work that a CTA has taken
@@ -67,15 +68,22 @@ class _Params(ctypes.Structure):
     )
 
 
-def smem_bytes(shape: MoEShape, max_rows: int, num_stages: int) -> int:
+def smem_bytes(shape: MoEShape, max_rows: int, num_stages: int, num_buffers: int = FEWEST_BUFFERS) -> int:
     """Size of the kernel's SharedStorage, from above."""
     num_chunks = scale_blocks(shape.intermediate_size)
     stages = num_stages * (STAGE_BYTES + 16)  # weights, two barriers
     stages += token_stages(max_rows, num_stages) * (max_rows * (128 + 4) + 8 + 16)  # tokens and scales, two barriers
-    down_scales = 2 * 4 * num_chunks * shape.hidden_size // GROUP_SIZE
-    activation = (2 * num_chunks + 1) * max_rows * (128 + 4)
-    rows = max_rows * 4 * (7 + 8 + QUEUE_SIZE)
+    down_scales = num_buffers * 4 * num_chunks * shape.hidden_size // GROUP_SIZE
+    activation = (num_buffers * num_chunks + 1) * max_rows * (128 + 4)
+    rows = max_rows * 4 * (3 + 2 * num_buffers + 8 + QUEUE_SIZE)
     return -(-(stages + activation + 8 * TABLE_TILES + rows + down_scales + 640) // 1024) * 1024
+
+
+def most_buffers(shape: MoEShape, max_rows: int, num_stages: int) -> int:
+    """Of how many pieces of the down phase activations may be on their way to a CTA at a time: of low tiles, whose pieces
+    are short, three where that takes no stage from the ring."""
+    fits = smem_bytes(shape, max_rows, num_stages, FEWEST_BUFFERS + 1) <= SMEM_BYTES
+    return FEWEST_BUFFERS + (max_rows <= 16 and fits)
 
 
 def token_stages(max_rows: int, num_stages: int) -> int:
@@ -90,7 +98,8 @@ def most_stages(shape: MoEShape, max_rows: int) -> int:
 
 def _compile(config: Config, shape: MoEShape, num_ctas: int, deterministic: bool) -> tuple[Cubin, int]:
     max_rows, num_stages = config.integer("max_rows"), config.integer("num_stages")
-    num_bytes = smem_bytes(shape, max_rows, num_stages)
+    num_buffers = most_buffers(shape, max_rows, num_stages)
+    num_bytes = smem_bytes(shape, max_rows, num_stages, num_buffers)
     defines = {
         "MAX_ROWS": max_rows,
         "HIDDEN_SIZE": shape.hidden_size,
@@ -98,6 +107,7 @@ def _compile(config: Config, shape: MoEShape, num_ctas: int, deterministic: bool
         "MAX_PARTS": config.integer("max_parts"),
         "NUM_STAGES": num_stages,
         "NUM_IN_FLIGHT": config.integer("num_in_flight"),
+        "NUM_BUFFERS": num_buffers,
         "NUM_CTAS": num_ctas,
         "DETERMINISTIC": int(deterministic),
         "SMEM_BYTES": num_bytes,
@@ -272,4 +282,4 @@ def default_max_parts(shape: MoEShape, num_tokens: int) -> int:
     """Fewer parts of a job as there are more rows to exchange, and where tiles are so many that some are fused."""
     if shape.expected_experts_hit(num_tokens) > FUSED_FROM * NUM_SMS:
         return FLAGGED_PARTS
-    return 16 if num_tokens <= 32 else 8 if num_tokens <= 128 else FLAGGED_PARTS
+    return 16 if num_tokens <= 8 else 8 if num_tokens <= 128 else FLAGGED_PARTS

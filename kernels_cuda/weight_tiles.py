@@ -28,31 +28,35 @@ def tile_w13(w13: torch.Tensor) -> torch.Tensor:
 
 def tile_w2(w2: torch.Tensor) -> torch.Tensor:
     """`w2` [E, H, I] as uint8 [E, H * ceil(I/128) * 128]: groups of 256 rows, in each its chunks of 128 channels, in
-    each the tiles of its first and second 128 rows (the last group may have only one). H is a multiple of 128; channels
-    past I are zeros.
+    each its rows of 128 bytes (the last group may have only 128). H is a multiple of 128; channels past I are zeros.
 
-    Rows within a tile are so ordered that a thread's wgmma accumulators are adjacent columns of `out`: row
-    64 t + 16 w + 8 h + g of the tile is row 32 w + 4 g + 2 t + h of the 128.
+    Rows of a group are so ordered that a thread's wgmma accumulators are adjacent columns of `out`, and a warp's too: row
+    64 b + 16 w + 8 h + g is row 64 w + 8 g + 2 b + h of the 256, or 32 w + 4 g + 2 b + h of 128.
     """
     num_experts, hidden, num_channels = w2.shape
-    blocks, chunks = hidden // TILE, -(-num_channels // TILE)
+    chunks = -(-num_channels // TILE)
     tiles = torch.empty(num_experts, hidden * chunks * TILE, dtype=torch.uint8, device=w2.device)
     padded = torch.zeros(hidden, chunks * TILE, dtype=torch.uint8, device=w2.device)
-    paired = blocks // 2 * 2
+    whole = hidden // (2 * TILE) * (2 * TILE)
     for expert in range(num_experts):
         padded[:, :num_channels] = w2[expert].view(torch.uint8)
-        rows = padded.view(blocks, 4, 8, 2, 2, chunks, TILE)  # [block, w, g, t, h, chunk, 128]
-        ordered = rows.permute(0, 5, 3, 1, 4, 2, 6).reshape(blocks, chunks, TILE, TILE)  # [block, chunk, t w h g, 128]
-        swapped = swizzled(ordered)
-        pairs = swapped[:paired].unflatten(0, (-1, 2)).transpose(1, 2)  # [group, chunk, 2, 128, 128]
-        tiles[expert] = torch.cat([pairs.flatten(), swapped[paired:].flatten()])
+        tiles[expert] = torch.cat([_groups(padded[:whole], 4).flatten(), _groups(padded[whole:], 2).flatten()])
     return tiles
 
 
+def _groups(rows: torch.Tensor, num_blocks: int) -> torch.Tensor:
+    """uint8 [R, chunks * 128] as [groups, chunks, 64 * num_blocks, 128], the rows of a group in the order that tile_w2
+    says, swizzled."""
+    chunks = rows.shape[1] // TILE
+    named = rows.reshape(-1, 4, 8, num_blocks, 2, chunks, TILE)  # [group, w, g, b, h, chunk, 128]
+    ordered = named.permute(0, 5, 3, 1, 4, 2, 6)  # [group, chunk, b, w, h, g, 128]
+    return swizzled(ordered.reshape(len(named), chunks, 64 * num_blocks, TILE))
+
+
 def swizzled(tiles: torch.Tensor) -> torch.Tensor:
-    """uint8 [..., 128, 128] with the 16-byte pieces of each row in swizzled order; its own inverse."""
+    """uint8 [..., R, 128] with the 16-byte pieces of each row in swizzled order; its own inverse."""
     pieces = tiles.contiguous().view(*tiles.shape[:-1], TILE // PIECE_BYTES, PIECE_BYTES)
-    row = torch.arange(TILE, device=tiles.device)
+    row = torch.arange(tiles.shape[-2], device=tiles.device)
     piece = torch.arange(TILE // PIECE_BYTES, device=tiles.device)
-    source = piece ^ (row % 8).unsqueeze(1)  # [128, 8]
+    source = piece ^ (row % 8).unsqueeze(1)  # [R, 8]
     return pieces[..., row.unsqueeze(1), source, :].flatten(-2)

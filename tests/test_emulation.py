@@ -169,6 +169,8 @@ def test_deterministic_stream_gives_the_same_bits_under_any_interleaving_and_in_
         (3, 4, 5, 8, 0.4),
         (64, 10, 512, 64, 0.4),
         (5, 2, 8, 8, 1.0),
+        (128, 8, 16, 8, 0.1),  # as many choices as two for each thread
+        (129, 8, 16, 8, 0.0),
         (300, 8, 40, 128, 0.0),
         (700, 3, 5, 272, 0.3),
         (1021, 3, 6, 504, 0.0),  # the highest tiles there may be, about one each

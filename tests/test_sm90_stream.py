@@ -19,6 +19,7 @@ from kernels_cuda.sm90_stream import (
     default_max_rows,
     exchange,
     max_rows_that_fit,
+    most_buffers,
     most_stages,
     smem_bytes,
 )
@@ -83,13 +84,22 @@ def test_tiles_grow_with_the_rows_of_an_expert():
 
 def test_sums_are_flagged_where_there_are_many_rows_or_tiles():
     qwen = shape_of_alias("qwen3next_tp4")
-    assert [default_max_parts(DSV3_TP16, tokens) for tokens in (1, 32, 64, 1024)] == [16, 16, 4, 4]
-    assert [default_max_parts(qwen, tokens) for tokens in (16, 32, 64)] == [16, 4, 4]
-    assert [default_max_parts(WIDE, tokens) for tokens in (16, 64, 256)] == [16, 8, 4]
+    assert [default_max_parts(DSV3_TP16, tokens) for tokens in (1, 8, 32, 64, 1024)] == [16, 16, 8, 4, 4]
+    assert [default_max_parts(qwen, tokens) for tokens in (8, 16, 32, 64)] == [16, 8, 4, 4]
+    assert [default_max_parts(WIDE, tokens) for tokens in (8, 64, 256)] == [16, 8, 4]
 
 
 def test_tall_tiles_have_fewer_stages_of_tokens_and_so_as_many_of_weights():
     assert [most_stages(DSV3_TP16, rows) for rows in MAX_ROWS] == [6, 6, 5, 5, 5, 4]
+
+
+def test_low_tiles_have_a_third_buffer_of_activations_where_it_takes_no_stage():
+    assert [most_buffers(DSV3_TP16, rows, most_stages(DSV3_TP16, rows)) for rows in MAX_ROWS] == [3, 3, 2, 2, 2, 2]
+    assert most_buffers(WIDE, 8, most_stages(WIDE, 8)) == 2
+    for shape in (*SHAPES, WIDE):
+        for rows in max_rows_that_fit(shape):
+            stages = most_stages(shape, rows)
+            assert smem_bytes(shape, rows, stages, most_buffers(shape, rows, stages)) <= SMEM_BYTES
 
 
 def test_wide_layers_get_shorter_tiles():

@@ -6,7 +6,8 @@
 check   against the reference on small shapes, several laws of routing, choices dropped, aligned ahead or not
 mixed   many calls of mixed sizes on one stream without a wait between, each held against the result of a quiet call
 cells   us per call by the workbench's timing, kernel scope: each copy with its default config, and with options=
-        rows=24,32 in_flight=4 also this tree with other ones
+        rows=24,32 in_flight=4 parts=8,16 also this tree with other ones
+own_w2  for copies that lay out w2 in another way
 
 A copy is a package beside this tree, named on the command line as copy=NAME: kernels_cuda of another revision with its
 package renamed, for example by
@@ -133,7 +134,7 @@ def candidates(arguments: list[str], shape: MoEShape, num_tokens: int) -> list[t
         if in_flight and num_tokens >= 64 and int(in_flight) < default["num_stages"]:
             found.append((f"in flight {in_flight}", new, Config(**{**dict(default), "num_in_flight": int(in_flight)})))
     for parts in options.get("parts", "").split(","):
-        if parts and 16 <= num_tokens <= 128 and int(parts) != default["max_parts"]:
+        if parts and 4 <= num_tokens <= 128 and int(parts) != default["max_parts"]:
             found.append((f"parts {parts}", new, Config(**{**dict(default), "max_parts": int(parts)})))
     return found
 
@@ -160,7 +161,9 @@ def time_cells(arguments: list[str]) -> None:
                 if variant.name not in prepared:
                     own = prepared[variant.name] = variant.prepare(weights)
                     shared = next(iter(prepared.values()))  # where weights lie is worth up to 1.5 us at small batches
-                    own.tiles, own.params.w13, own.params.w2 = shared.tiles, shared.params.w13, shared.params.w2
+                    own.tiles, own.params.w13 = (shared.tiles[0], own.tiles[1]), shared.params.w13
+                    if "own_w2" not in arguments:
+                        own.tiles, own.params.w2 = shared.tiles, shared.params.w2
                 own = prepared[variant.name]
                 aligned = [variant.align(own, batch, config) for batch in batches]
                 calls = [

@@ -35,6 +35,11 @@ __device__ __forceinline__ float max_nan(float a, float b) {
     return value;
 }
 
+// The largest `value` of a warp's lanes, none of which is negative; of NaNs none counts.
+__device__ __forceinline__ float largest_of_warp(float value) {
+    return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(fmaxf(value, 0.f))));
+}
+
 // 2^x and 1 / x within two units of the last place, subnormal ones as zeros: one instruction each.
 __device__ __forceinline__ float fast_exp2(float x) {
     float value;

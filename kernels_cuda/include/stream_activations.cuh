@@ -105,7 +105,7 @@ struct Activations {
     template <uint32_t kPasses>
     __device__ __forceinline__ void of_stored_sums(const Tile& tile, uint32_t job, uint32_t num_parts, uint8_t* target,
                                                    float* target_scale, const float* row_weight) const {
-        constexpr uint32_t kParts = kFlagged || kPasses == 4 ? 4 : kPasses == 2 ? 6 : 8;
+        constexpr uint32_t kParts = kFlagged || kPasses == 4 ? 4 : kPasses == 2 ? 8 : 16;
         constexpr uint32_t kRowsAtOnce = kNumMathThreads / kRowVectors;
         const uint32_t vector = thread % kRowVectors, first_row = thread / kRowVectors;
         const uint32_t channel = vector / 32 * 64 + vector / 8 % 4 * 16 + vector % 8;  // and channel + 8
@@ -141,9 +141,7 @@ struct Activations {
             for (uint32_t pass = 0; pass < kPasses; ++pass) {
                 low[pass] = p.form.swiglu(sum[pass].x, sum[pass].z);
                 high[pass] = p.form.swiglu(sum[pass].y, sum[pass].w);
-                float amax = fmaxf(fabsf(low[pass]), fabsf(high[pass]));
-#pragma unroll
-                for (uint32_t offset = 16; offset > 0; offset /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, offset));
+                const float amax = largest_of_warp(fmaxf(fabsf(low[pass]), fabsf(high[pass])));
                 if (lane == 0) shared.amax[pass][warp] = amax;
             }
             named_barrier(kMathBarrier, kNumMathThreads);
@@ -169,7 +167,7 @@ struct Activations {
                                                    float* target_scale, const float* row_weight) const {
         if (tile.num_rows <= 4)
             of_stored_sums<1>(tile, job, num_parts, target, target_scale, row_weight);
-        else if (tile.num_rows <= 8)
+        else if (kMaxRows == 8 || tile.num_rows <= 8)
             of_stored_sums<2>(tile, job, num_parts, target, target_scale, row_weight);
         else
             of_stored_sums<4>(tile, job, num_parts, target, target_scale, row_weight);

@@ -40,8 +40,15 @@ constexpr uint32_t kThreadsToFit = kLeavesRoom ? 512 : kNumThreads;
 constexpr uint32_t kProducerRegisters = kLeavesRoom ? 64 : 72;
 constexpr uint32_t kMathRegisters = kLeavesRoom ? 160 : 216;
 
+// Activations of pieces of the down phase. Of low tiles a piece is as short as one trip to L2, so that each gather warp has
+// pieces of its own; those of tall tiles take all of them.
+constexpr uint32_t kNumBuffers = NUM_BUFFERS;
+constexpr bool kGathersInTurn = kMaxRows <= 16;
+constexpr uint32_t kDownGatherThreads = kGathersInTurn ? 32 : kNumGatherThreads;
+
 // Tokens of tall tiles would take the room of a stage of weights.
 constexpr uint32_t kNumTokenStages = kMaxRows <= 32 || kNumStages < 4 ? kNumStages : 4;
 
 static_assert(kMaxParts >= 4, "jobs are cut into 4 or more parts");
+static_assert(kNumBuffers <= kNumGatherWarps, "a warp has one buffer");
 static_assert(kMaxRows <= 32 ? kMaxRows % 8 == 0 : kMaxRows == 48 || kMaxRows == 64, "tiles of 8, 16, 24, 32, 48 or 64 rows");

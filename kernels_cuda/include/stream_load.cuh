@@ -45,6 +45,7 @@ struct WeightLoader {
 #pragma unroll 1
         for (uint32_t k = piece.first_unit; k < early_end(piece); ++k, ++num_loads)
             issue(up_stage(expert, piece.item % kNumChunks, k), kStageBytes);
+        begin(piece);  // tokens take as long as weights: a look at the batch for each, one after the other
     }
 
     __device__ __forceinline__ static uint32_t early_end(const Piece& piece) {
@@ -64,7 +65,7 @@ struct WeightLoader {
             mbarrier::init(shared.queue_full[stage], 1);
             mbarrier::init(shared.queue_empty[stage], (kNumMathWarps + kNumGatherWarps) * mbarrier::kArrivalsPerWarp);
         }
-        for (uint32_t buffer = 0; buffer < 2; ++buffer) {
+        for (uint32_t buffer = 0; buffer < kNumBuffers; ++buffer) {
             mbarrier::init(shared.activation_full[buffer], kNumGatherWarps * mbarrier::kArrivalsPerWarp);
             mbarrier::init(shared.activation_empty[buffer], kNumMathWarps * mbarrier::kArrivalsPerWarp);
         }
@@ -103,13 +104,14 @@ struct WeightLoader {
         queue.advance();
     }
 
-    // After start(), whose first piece it goes on with. Of the jobs in parts this CTA owes the activations of every
-    // kNumCtas-th, before its first piece of a down phase or earlier.
+    // After start(), with whose first piece it goes on if that is of the up phase. Of the jobs in parts this CTA owes the
+    // activations of every kNumCtas-th, before its first piece of a down phase or earlier.
     __device__ __forceinline__ void run() {
         using registers::uniform;
         const Schedule schedule(uniform(shared.num_tiles));
         num_loads = uniform(num_loads);  // here and not in start(), where it would delay the first load
         ring = {uniform(ring.stage), uniform(ring.parity)};
+        queue = {uniform(queue.stage), uniform(queue.parity)};
         bool first = true, counter_is_set = false;
         uint32_t ticket = schedule.first_ticket(), owed_job = schedule.few ? ~0u : schedule.up.num_whole + blockIdx.x;
         Piece piece = schedule.piece(ticket);
@@ -117,9 +119,12 @@ struct WeightLoader {
         for (;;) {
             for (; owed_job < schedule.num_summed_up(ticket, piece); owed_job += kNumCtas)
                 begin({owed_job, 0, 0, 0, kActivate});
-            begin(piece);
+            const bool begun = first && piece.phase == kUp;
+            if (begun)
+                piece.first_unit = early_end(piece);
+            else
+                begin(piece);
             if (piece.phase == kEnd) break;
-            if (first && piece.phase == kUp) piece.first_unit = early_end(piece);
             const bool takes = !schedule.few && (!kFuses || piece.phase != kFusedUp);
             uint32_t taken = 0;
             if (takes) {
@@ -169,7 +174,7 @@ struct Gatherer {
     SharedStorage& shared;
     const uint32_t thread;
     TokenPosition ring;
-    RingPosition<2> activation;
+    RingPosition<kNumBuffers> activation;
     uint32_t table = 0;  // a thread is at most one piece ahead of another, so two tables of tokens suffice
 
     __device__ __forceinline__ Gatherer(const Params& p, SharedStorage& shared, uint32_t thread)
@@ -184,10 +189,9 @@ struct Gatherer {
             const uint32_t phase = registers::uniform(piece.phase);
             if (phase == kEnd) break;
             if (phase <= kFusedUp) gather_up(piece, shared.queue_weight[queue.stage]);
-            if (kFuses && phase == kFusedDown) gather_down(piece, kOwn);
-            if (phase == kDown) {
-                grid_dependency::wait();  // before that activations may look written that are not
-                gather_down(piece, few ? kFromSums : kFromMemory);
+            if (phase == kDown || (kFuses && phase == kFusedDown)) {
+                gather_down(piece, kFuses && phase == kFusedDown ? kOwn : few ? kFromSums : kFromMemory);
+                activation.advance();
             }
             mbarrier::arrive_warp(shared.queue_empty[queue.stage]);
         }
@@ -227,47 +231,51 @@ struct Gatherer {
     // memory, or this CTA computes them from sums there.
     static constexpr uint32_t kOwn = 0, kFromMemory = 1, kFromSums = 2;
 
-    // What a piece takes beside its weights: their scales, the tile's rows in `out`, and the activations from memory or what
-    // it takes to make them from sums, the tokens' weights. All of it is under way at a time: a piece can be as short as one
-    // wait for L2.
+    // kDownGatherThreads threads: what a piece takes beside its weights: their scales, the tile's rows in `out`, and the
+    // activations from memory or what it takes to make them from sums, the tokens' weights. All of it is under way at a time.
     __device__ __forceinline__ void gather_down(const Piece& piece, uint32_t activations) {
-        const Tile tile = tile_at(p, shared, piece.item);
-        const uint32_t buffer = activation.stage;
+        if (activations != kOwn) grid_dependency::wait();  // before that activations may look written that are not
+        const uint32_t buffer = activation.stage, own = thread % kDownGatherThreads;
+        // A warp whose turn it is not goes the same way with nothing to do: after a branch around it nothing would be uniform,
+        // see registers::uniform().
+        const bool has_turn = !kGathersInTurn || thread / 32 == buffer;
+        Tile tile = tile_at(p, shared, piece.item);
+        if (!has_turn) tile.num_rows = 0;
         mbarrier::wait(shared.activation_empty[buffer], activation.parity ^ 1);
         const float* const scales = p.w2_scale + static_cast<uint64_t>(tile.expert) * kNumK * kNumChunks;
-        const uint32_t end = min(2 * piece.last_unit, kNumK) * kNumChunks;
+        const uint32_t end = has_turn ? min(2 * piece.last_unit, kNumK) * kNumChunks : 0;
 #pragma unroll 1
-        for (uint32_t i = 2 * piece.first_unit * kNumChunks + thread; i < end; i += kNumGatherThreads)
+        for (uint32_t i = 2 * piece.first_unit * kNumChunks + own; i < end; i += kDownGatherThreads)
             cp_async_4(&shared.down_scale[buffer][i], scales + i, true);
-        const bool has_row = thread < tile.num_rows;
-        const int32_t choice = has_row ? p.sorted_choices[tile.first_row + thread] : 0;
+        static_assert(kMaxRows <= kDownGatherThreads, "a thread has at most one row");
+        const bool has_row = own < tile.num_rows;
+        const int32_t choice = has_row ? p.sorted_choices[tile.first_row + own] : 0;
         if (activations == kFromMemory) {
-            gather_activations(tile, buffer);
+            gather_activations(tile, buffer, own);
         } else if (has_row && activations == kFromSums) {
-            shared.row_weight[buffer][thread] = p.topk_weights[choice] * p.routed_scaling_factor;
+            shared.row_weight[buffer][own] = p.topk_weights[choice] * p.routed_scaling_factor;
         }
-        if (has_row) shared.output_row[buffer][thread] = kDeterministic ? choice : choice / p.top_k;
+        if (has_row) shared.output_row[buffer][own] = kDeterministic ? choice : choice / p.top_k;
         cp_async_wait_all();
         mbarrier::arrive_warp(shared.activation_full[buffer]);
-        activation.advance();
     }
 
-    __device__ __forceinline__ void gather_activations(const Tile& tile, uint32_t buffer) {
-        constexpr uint32_t kAtOnce = kMaxRows <= 16 ? 2 : 4;
+    __device__ __forceinline__ void gather_activations(const Tile& tile, uint32_t buffer, uint32_t own) {
+        constexpr uint32_t kAtOnce = 4;
         constexpr uint32_t kPieces = kGroupSize / 16;
         const uint32_t num_scales = tile.num_rows * kNumChunks, num_pieces = num_scales * kPieces;
         const float* const scales = p.activation_scales + static_cast<uint64_t>(tile.first_row) * kNumChunks;
         const uint4* const rows = p.activations + static_cast<uint64_t>(tile.first_row) * kNumChunks * kPieces;
-        float scale = thread < num_scales ? exchange::load_once(scales + thread) : 0.f;
+        float scale = own < num_scales ? exchange::load_once(scales + own) : 0.f;
 #pragma unroll 1
-        for (uint32_t first = thread; first < num_pieces; first += kAtOnce * kNumGatherThreads) {
+        for (uint32_t first = own; first < num_pieces; first += kAtOnce * kDownGatherThreads) {
             uint4 value[kAtOnce];
             exchange::load(
-                value, [&](uint32_t i) { return first + i * kNumGatherThreads < num_pieces; },
-                [&](uint32_t i) { return rows + first + i * kNumGatherThreads; });
+                value, [&](uint32_t i) { return first + i * kDownGatherThreads < num_pieces; },
+                [&](uint32_t i) { return rows + first + i * kDownGatherThreads; });
 #pragma unroll
             for (uint32_t i = 0; i < kAtOnce; ++i) {
-                const uint32_t index = first + i * kNumGatherThreads;
+                const uint32_t index = first + i * kDownGatherThreads;
                 const uint32_t row = index / (kNumChunks * kPieces), chunk = index / kPieces % kNumChunks;
                 uint8_t* const target = shared.activation[buffer][chunk] + row * kGroupSize;
                 if (index < num_pieces) *reinterpret_cast<uint4*>(target + (index % kPieces ^ row % 8) * 16) = value[i];
@@ -275,8 +283,8 @@ struct Gatherer {
         }
         fence_async_proxy();
 #pragma unroll 1
-        for (uint32_t i = thread; i < num_scales; i += kNumGatherThreads) {
-            if (i >= kNumGatherThreads) scale = exchange::load_once(scales + i);
+        for (uint32_t i = own; i < num_scales; i += kDownGatherThreads) {
+            if (i >= kDownGatherThreads) scale = exchange::load_once(scales + i);
             shared.activation_scale[buffer][i % kNumChunks][i / kNumChunks] = exchange::await_written(scale, scales + i);
         }
     }

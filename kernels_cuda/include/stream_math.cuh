@@ -12,7 +12,8 @@ __device__ __forceinline__ constexpr uint32_t next_height(uint32_t rows) {
     return rows + 16 < kMaxRows ? rows + 16 : kMaxRows;
 }
 
-// Two warpgroups: each 64 gate rows and the same 64 up rows of the chunk, then 128 of each group's 256 columns.
+// Two warpgroups: each 64 gate rows and the same 64 up rows of the chunk, then every other group of columns or half of the
+// tokens.
 struct Math {
     const Params& p;
     SharedStorage& shared;
@@ -22,7 +23,7 @@ struct Math {
     const uint32_t lane = threadIdx.x % 32;
     WeightRing weights;
     TokenPosition token_ring;
-    RingPosition<2> activation;
+    RingPosition<kNumBuffers> activation;
     const Activations activations;
 
     __device__ __forceinline__ Math(const Params& p, SharedStorage& shared)
@@ -60,16 +61,22 @@ struct Math {
         activations.store_sums<kRows>(tile, piece, gate, up);
     }
 
-    // Some groups of columns of a tile. The rows of a tile of w2 are so ordered that this thread's four accumulator rows
-    // of a token are four adjacent columns: row 64 t + 16 w + 8 h + g is column 32 w + 4 g + 2 t + h.
+    // Some groups of columns of a tile: each warpgroup every other one, or of many tokens half.
+    //
+    // The rows of a group of w2 are so ordered (weight_tiles.py) that this thread's accumulator rows of a token, two in each
+    // block of 64, are adjacent columns, and those of 8 lanes 64 columns: additions of 128 adjacent bytes are 1.6 times as fast
+    // as of 64 (experiments/2026-11-28_additions).
     template <uint32_t kRows>
     __device__ __forceinline__ void project_down(const Tile& tile, const Piece& piece) {
-        const uint32_t buffer = activation.stage;
+        constexpr bool kSharesTokens = kRows > 32;  // else there are registers for all
+        constexpr uint32_t kTokens = kSharesTokens ? kRows / 2 : kRows;
+        constexpr uint32_t kBlocks = kGroupColumns / 64;
+        const uint32_t buffer = activation.stage, first_token = kSharesTokens ? warpgroup * kTokens : 0;
+        const uint32_t num_tokens = max(registers::uniform(tile.num_rows), first_token) - first_token;
         const uint32_t first_unit = registers::uniform(piece.first_unit), last_unit = registers::uniform(piece.last_unit);
 #pragma unroll 1
         for (uint32_t group = first_unit; group < last_unit; ++group) {
-            const uint32_t first_column = group * kGroupColumns + warpgroup * kTileRows;
-            if (first_column >= kHiddenSize) {  // the last group may be half
+            if (kSharesTokens ? num_tokens == 0 : group % 2 != warpgroup) {
 #pragma unroll 1
                 for (uint32_t chunk = 0; chunk < kNumChunks; ++chunk) {
                     weights.wait();
@@ -77,51 +84,61 @@ struct Math {
                 }
                 continue;
             }
-            float sums[2][kRows / 2];
-#pragma unroll
-            for (uint32_t i = 0; i < kRows / 2; ++i) sums[0][i] = sums[1][i] = 0.f;
+            const bool whole = (group + 1) * kGroupColumns <= kHiddenSize;  // the last group may be half: only the first blocks
+            float sums[kBlocks][kTokens / 2] = {};
 #pragma unroll 1
             for (uint32_t chunk = 0; chunk < kNumChunks; ++chunk) {
                 weights.wait();
-                float partial[2][kRows / 2];
-                const uint64_t activation = wgmma::descriptor(shared.activation[buffer][chunk]);
-                const uint64_t rows = wgmma::descriptor(weights.rows(warpgroup));
-                wgmma::multiply_k128<kRows>(partial[0], rows, activation);
-                wgmma::multiply_k128<kRows>(partial[1], rows + (kWarpgroupBytes >> 4), activation);
-                const float weight_scale = shared.down_scale[buffer][(2 * group + warpgroup) * kNumChunks + chunk];
+                float partial[kBlocks][kTokens / 2];
+                const uint64_t tokens = wgmma::descriptor(shared.activation[buffer][chunk] + first_token * kGroupSize);
+                const uint64_t rows = wgmma::descriptor(weights.rows(0));
+#pragma unroll
+                for (uint32_t block = 0; block < kBlocks; ++block)
+                    wgmma::multiply_k128<kTokens>(partial[block], rows + block * (kWarpgroupBytes >> 4), tokens);
+                const uint32_t scale_block = 2 * group + (whole ? warp % 4 / 2 : 0);
+                const float weight_scale = shared.down_scale[buffer][scale_block * kNumChunks + chunk];
                 wgmma::wait<0>();
-                wgmma::pin(partial[0]);
-                wgmma::pin(partial[1]);
+#pragma unroll
+                for (uint32_t block = 0; block < kBlocks; ++block) wgmma::pin(partial[block]);
                 weights.release();
 #pragma unroll
-                for (uint32_t half = 0; half < 2; ++half)
-                    promote<kRows>(sums[half], partial[half], shared.activation_scale[buffer][chunk], weight_scale, lane);
+                for (uint32_t block = 0; block < kBlocks; ++block)
+                    promote<kTokens>(sums[block], partial[block], shared.activation_scale[buffer][chunk] + first_token,
+                                     weight_scale, lane);
             }
-            // Lanes 4 apart hold columns 4 apart of the same two tokens: they swap, and each adds 8 columns of one.
-            const bool odd = lane & 4;
-            uint16_t* const columns = p.out + first_column + (warp % 4) * 32 + lane / 8 * 8;
+            const uint32_t column = whole ? warp % 4 * 64 + lane / 4 * 8 : warp % 4 * 32 + lane / 4 * 4;
+            uint16_t* const columns = p.out + group * kGroupColumns + column;
 #pragma unroll
-            for (uint32_t j = 0; j < kRows / 8; ++j) {
-                uint32_t low[2], high[2];
+            for (uint32_t i = 0; i < kTokens / 4; ++i) {
+                const uint32_t j = i / 2, b = i % 2, token = 8 * j + 2 * (lane % 4) + b;
+                if (token >= num_tokens) continue;
+                uint16_t* const address =
+                    columns + static_cast<uint64_t>(shared.output_row[buffer][first_token + token]) * kHiddenSize;
+                uint32_t pairs[kBlocks];
 #pragma unroll
-                for (uint32_t b = 0; b < 2; ++b) {
-                    low[b] = pack_bf16x2(sums[0][4 * j + b], sums[0][4 * j + 2 + b]);
-                    high[b] = pack_bf16x2(sums[1][4 * j + b], sums[1][4 * j + 2 + b]);
-                }
-                const uint32_t other_low = __shfl_xor_sync(~0u, odd ? low[0] : low[1], 4);
-                const uint32_t other_high = __shfl_xor_sync(~0u, odd ? high[0] : high[1], 4);
-                const uint32_t row = 8 * j + 2 * (lane % 4) + odd;
-                if (row >= tile.num_rows) continue;
-                uint16_t* const address = columns + static_cast<uint64_t>(shared.output_row[buffer][row]) * kHiddenSize;
-                const uint4 values = odd ? make_uint4(other_low, other_high, low[1], high[1])
-                                         : make_uint4(low[0], high[0], other_low, other_high);
-                if constexpr (kDeterministic)
-                    *reinterpret_cast<uint4*>(address) = values;
+                for (uint32_t block = 0; block < kBlocks; ++block)
+                    pairs[block] = pack_bf16x2(sums[block][4 * j + b], sums[block][4 * j + 2 + b]);
+                if (whole)
+                    give(address, make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
                 else
-                    add_bf16x8(address, values);
+                    give(address, make_uint2(pairs[0], pairs[1]));
             }
             __syncwarp();  // where lanes may have parted, see registers::uniform()
         }
+    }
+
+    // Adjacent columns of a row to `out`.
+    __device__ __forceinline__ static void give(uint16_t* address, uint4 eight) {
+        if constexpr (kDeterministic)
+            *reinterpret_cast<uint4*>(address) = eight;
+        else
+            add_bf16x8(address, eight);
+    }
+    __device__ __forceinline__ static void give(uint16_t* address, uint2 four) {
+        if constexpr (kDeterministic)
+            *reinterpret_cast<uint2*>(address) = four;
+        else
+            add_bf16x4(address, four.x, four.y);
     }
 
     // project_up() and project_down() with the least height that holds the tile's rows, kRows or more.

@@ -23,7 +23,7 @@ __device__ __forceinline__ uint32_t small_quotient(uint32_t dividend, uint32_t d
 template <uint32_t kUnits, uint32_t kMostParts, bool kUnitsAddUp>
 struct Cut {
     static constexpr uint32_t kFineParts = kUnits < 4 ? 1 : kUnits / 2 < kMostParts ? kUnits / 2 : kMostParts;
-    static constexpr uint32_t kFewestFine = 20;
+    static constexpr uint32_t kFewestFine = 40;
     uint32_t num_items, num_whole, num_quartered, num_fine_parts;
 
     __device__ __forceinline__ Cut(uint32_t num_items, bool few, bool ends_together) : num_items(num_items) {

@@ -49,17 +49,17 @@ struct alignas(8) PackedTile {
 struct SharedStorage {
     alignas(1024) uint8_t weights[kNumStages][2][kHalfBytes];
     alignas(1024) uint8_t tokens[kNumTokenStages][kMaxRows * kTileK];
-    alignas(1024) uint8_t activation[2][kNumChunks][kMaxRows * kGroupSize];
+    alignas(1024) uint8_t activation[kNumBuffers][kNumChunks][kMaxRows * kGroupSize];
     alignas(16) uint8_t outgoing[kMaxRows * kGroupSize];
     float outgoing_scale[kMaxRows];
     PackedTile tiles[kTableTiles];
     alignas(16) float token_scale[kNumTokenStages][kMaxRows];
-    alignas(16) float activation_scale[2][kNumChunks][kMaxRows];  // times the token's weight in `out`
-    float row_weight[2][kMaxRows];
+    alignas(16) float activation_scale[kNumBuffers][kNumChunks][kMaxRows];  // times the token's weight in `out`
+    float row_weight[kNumBuffers][kMaxRows];
     float inverse_scale[kMaxRows];
-    int32_t output_row[2][kMaxRows];
+    int32_t output_row[kNumBuffers][kMaxRows];
     float weight_scale[kNumTokenStages][2];
-    float down_scale[2][kNumK * kNumChunks];  // of the columns of a piece
+    float down_scale[kNumBuffers][kNumK * kNumChunks];  // of the columns of a piece
     float amax[4][kNumMathWarps];
     alignas(8) float row_amax[kNumMathWarps][kMaxRows];
     Piece queue[kQueueSize];
@@ -72,8 +72,8 @@ struct SharedStorage {
     uint64_t tokens_empty[kNumTokenStages];
     uint64_t queue_full[kQueueSize];
     uint64_t queue_empty[kQueueSize];
-    uint64_t activation_full[2];
-    uint64_t activation_empty[2];
+    uint64_t activation_full[kNumBuffers];
+    uint64_t activation_empty[kNumBuffers];
 };
 
 static_assert(sizeof(SharedStorage) <= SMEM_BYTES, "the launcher reserves too little shared memory");

@@ -54,6 +54,10 @@ inline float bf16_high(uint32_t packed) { return __uint_as_float(packed & 0xffff
 
 inline float min_nan(float a, float b) { return isnan(a) || isnan(b) ? a + b : fminf(a, b); }
 inline float max_nan(float a, float b) { return isnan(a) || isnan(b) ? a + b : fmaxf(a, b); }
+inline float largest_of_warp(float value, EMULATED_WHERE) {
+    for (uint32_t bits = 16; bits > 0; bits /= 2) value = fmaxf(value, __shfl_xor_sync(~0u, value, bits, where));
+    return fmaxf(value, 0.f);
+}
 inline float fast_exp2(float x) { return exp2f(x); }
 inline float fast_reciprocal(float x) { return 1.f / x; }
 
