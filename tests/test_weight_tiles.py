@@ -62,9 +62,7 @@ def test_w2_has_groups_of_256_columns_of_the_output_and_in_each_its_chunks(row_b
                 tile = swizzled(flat[expert, start : start + TILE_BYTES].view(1, TILE, TILE))[0]
                 for row in range(TILE):
                     b, w, h, g = 2 * half + row // 64, row // 16 % 4, row // 8 % 2, row % 8
-                    column_of_group = (
-                        64 * w + 8 * g + 2 * b + h if blocks_of_group == 2 else 32 * w + 4 * g + 2 * b + h
-                    )
+                    column_of_group = 64 * w + 8 * g + 2 * b + h if blocks_of_group == 2 else 32 * w + 4 * g + 2 * b + h
                     column_of_out = 2 * group * TILE + column_of_group
                     expected = w2[expert, column_of_out, chunk * TILE : (chunk + 1) * TILE]
                     assert torch.equal(tile[row], expected)
