@@ -12,7 +12,7 @@ import sys
 from workbench.models import shape_of_alias
 from workbench.problem import Workload
 
-ALIASES, TOKENS = ("dsv3_tp16", "qwen3next_tp4", "dsv3_tp8"), (1, 2, 4, 8, 16, 32, 64, 256)
+ALIASES, TOKENS = ("dsv3_tp16", "qwen3next_tp4", "dsv3_tp8"), (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 def main() -> None:

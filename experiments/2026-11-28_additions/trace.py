@@ -11,8 +11,13 @@ finished, and when that is. --compile only compiles and needs no GPU.
 
 import sys
 
+import cupy
+import numpy
+import torch
+
+from experiments.calls import FLUSH_BYTES, NUM_CTAS, compiled_cases, memory_of, written_down
 from kernels_cuda import sm90_stream as ss
-from workbench.models import shape_of_alias
+from workbench.generate import make_inputs, make_weights
 from workbench.problem import Workload
 
 CASES = [
@@ -21,34 +26,24 @@ CASES = [
     "dsv3_tp8:1024",
 ]
 PHASES = {0: "up", 5: "activations", 3: "down", 1: "fused up", 2: "fused down"}
-NUM_CTAS, ENTRIES = 132, 256
+ENTRIES = 256
 
 
 def main() -> None:
-    variant, wanted = ss.SM90Stream(), []
-    for case in [argument for argument in sys.argv[1:] if argument != "--compile"] or CASES:
-        alias, num_tokens = case.split(":")
-        shape = shape_of_alias(alias)
-        config = next(iter(variant.configs(shape, int(num_tokens))))
-        variant.compile(shape, [config])
-        wanted.append((alias, shape, int(num_tokens), config))
+    variant = ss.SM90Stream()
+    cases = compiled_cases(variant, [argument for argument in sys.argv[1:] if argument != "--compile"] or CASES)
     if "--compile" in sys.argv:
         return
-
-    import cupy
-    import numpy
-    import torch
-
-    from workbench.generate import make_inputs, make_weights
 
     def spread(ns: numpy.ndarray) -> str:
         return "".join(f"{us / 1000:7.1f}" for us in numpy.percentile(ns, [0, 10, 50, 90, 100]))
 
     device = torch.device("cuda", 0)
     print(torch.cuda.get_device_name(device))
-    flush = torch.zeros(96 << 20, dtype=torch.int32, device=device)
+    flush = torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device=device)
     prepared_for, prepared = None, None
-    for alias, shape, num_tokens, config in wanted:
+    for case in cases:
+        alias, shape, num_tokens, config = case.alias, case.shape, case.num_tokens, case.config
         if alias != prepared_for:
             prepared = None
             torch.cuda.empty_cache()
@@ -62,21 +57,15 @@ def main() -> None:
         with torch.cuda.graph(graph):
             flush.sum()
             variant.run(prepared, aligned, out, config)
-        module = cupy.RawModule(path=str(ss._compile(config, shape, NUM_CTAS, False)[0].path))
-
-        def found(name: str, width: int, module=module) -> cupy.ndarray:
-            return cupy.ndarray((NUM_CTAS, width), dtype=cupy.uint64, memptr=module.get_global(name))
-
+        cubin = ss._compile(config, shape, NUM_CTAS, False)[0]
         for _ in range(4):
             for name in ("traced_math", "traced_loads"):
-                found(name, ENTRIES)[...] = 0
+                memory_of(cubin, name, ENTRIES)[...] = 0
             cupy.cuda.Device().synchronize()
             graph.replay()
             torch.cuda.synchronize()
-        math, loads, ends = (
-            cupy.asnumpy(found(name, width)).astype(numpy.int64)
-            for name, width in (("traced_math", ENTRIES), ("traced_loads", ENTRIES), ("traced_start", 4))
-        )
+        math, loads = (written_down(cubin, name, ENTRIES) for name in ("traced_math", "traced_loads"))
+        ends = written_down(cubin, "traced_start", 4)
         start = ends[:, 0].min()
         print(f"{alias} M={num_tokens}, {int(aligned.aligned.tiles[0, 0])} tiles")
         first, last, end = (spread(ns - start) for ns in (loads[:, 0], loads.max(1), ends[:, 1]))

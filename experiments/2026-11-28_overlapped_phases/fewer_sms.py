@@ -8,10 +8,13 @@ difference between calls with and without it. --compile only compiles and needs 
 
 import dataclasses
 import sys
-from types import SimpleNamespace
 
+import torch
+
+from experiments.calls import compiled_cases, no_kernel
+from experiments.cold_l2 import graph_difference
 from kernels_cuda import sm90_prefill as sp
-from workbench.models import shape_of_alias
+from workbench.generate import make_inputs, make_weights
 from workbench.problem import Workload
 
 CASES = ("dsv3_tp16:1024", "dsv3_tp16:4096", "dsv3_tp16:8192", "dsv3_tp8:4096", "dsv3_tp8:8192", "qwen3next_tp4:4096")
@@ -19,35 +22,17 @@ CLUSTERS = (66, 55, 44, 33)
 CTAS = (132, 110, 88, 66, 44)
 
 
-def nothing() -> SimpleNamespace:
-    """In the place of a kernel: its launches do nothing."""
-    return SimpleNamespace(
-        max_clusters=132, bind=lambda params, *_, **__: SimpleNamespace(params=params, enqueue=lambda stream: None)
-    )
-
-
 def main() -> None:
-    cases = [argument for argument in sys.argv[1:] if argument != "--compile"] or list(CASES)
     variant = sp.SM90Prefill()
-    wanted = []
-    for case in cases:
-        alias, num_tokens = case.split(":")
-        shape = shape_of_alias(alias)
-        config = next(iter(variant.configs(shape, int(num_tokens))))
-        variant.compile(shape, [config])
-        wanted.append((shape, int(num_tokens), config))
+    cases = compiled_cases(variant, [argument for argument in sys.argv[1:] if argument != "--compile"] or CASES)
     if "--compile" in sys.argv:
         return
-
-    import torch
-
-    from experiments.cold_l2 import graph_difference
-    from workbench.generate import make_inputs, make_weights
 
     device = torch.device("cuda", 0)
     print(torch.cuda.get_device_name(device))
     print(f"{'':22}" + "".join(f"up {n:4}" for n in CLUSTERS) + "".join(f"dn {n:4}" for n in CTAS))
-    for case, (shape, num_tokens, config) in zip(cases, wanted, strict=True):
+    for case in cases:
+        shape, num_tokens, config = case.shape, case.num_tokens, case.config
         prepared = variant.prepare(make_weights(shape, seed=0, device=device))
         workloads = [Workload(shape, num_tokens, seed=seed, input_kind="fp8") for seed in range(2)]
         aligned = [variant.align(prepared, make_inputs(workload, device), config) for workload in workloads]
@@ -56,13 +41,13 @@ def main() -> None:
 
         def timed(up_clusters, down_ctas, up=up, down=down, prepared=prepared, aligned=aligned, out=out, config=config):
             smaller_up = dataclasses.replace(up, max_clusters=up_clusters)
-            smaller_down = dataclasses.replace(down, max_clusters=down_ctas) if down_ctas else nothing()
+            smaller_down = dataclasses.replace(down, max_clusters=down_ctas) if down_ctas else no_kernel()
             prepared.kernels[config], prepared.calls = (smaller_up, smaller_down), sp.ReadyCalls()
             return graph_difference(lambda i: variant.run(prepared, aligned[i % 2], out, config), device)
 
         ups = [timed(n, 0) for n in CLUSTERS]
         downs = [timed(66, n) - ups[0] for n in CTAS]
-        print(f"{case:20}" + "".join(f"{us:7.1f}" for us in (*ups, *downs)), flush=True)
+        print(f"{case!s:20}" + "".join(f"{us:7.1f}" for us in (*ups, *downs)), flush=True)
         del prepared
         torch.cuda.empty_cache()
 

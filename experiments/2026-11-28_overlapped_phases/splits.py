@@ -10,9 +10,14 @@ GPU.
 
 import sys
 
+import torch
+
+from experiments.calls import compiled_cases
+from experiments.cold_l2 import graph_difference
 from kernels_cuda import sm90_prefill as sp
-from workbench.models import shape_of_alias
+from workbench.generate import make_inputs, make_weights
 from workbench.problem import Workload
+from workbench.verify import expected_output
 
 CASES = [
     *(f"{alias}:{tokens}" for alias in ("dsv3_tp16", "dsv3_tp8") for tokens in (1024, 2048, 4096, 8192)),
@@ -23,31 +28,19 @@ SPLITS = "0:66,128:44,128:55,96:44,96:50,160:44,128:38"
 
 def main() -> None:
     options = [argument for argument in sys.argv[1:] if argument.startswith("--")]
-    cases = [argument for argument in sys.argv[1:] if not argument.startswith("--")] or CASES
     given = next((option.split("=")[1] for option in options if option.startswith("--splits=")), SPLITS)
     splits = [tuple(int(number) for number in split.split(":")) for split in given.split(",")]
     variant = sp.SM90Prefill()
-    wanted = []
-    for case in cases:
-        alias, num_tokens = case.split(":")
-        shape = shape_of_alias(alias)
-        config = next(iter(variant.configs(shape, int(num_tokens))))
-        variant.compile(shape, [config])
-        wanted.append((shape, int(num_tokens), config))
+    cases = compiled_cases(variant, [argument for argument in sys.argv[1:] if argument not in options] or CASES)
     if "--compile" in options:
         return
-
-    import torch
-
-    from experiments.cold_l2 import graph_difference
-    from workbench.generate import make_inputs, make_weights
-    from workbench.verify import expected_output
 
     device = torch.device("cuda", 0)
     print(torch.cuda.get_device_name(device))
     print(f"{'':20}" + "".join(f"{early:>5}:{late:<2}" for early, late in splits) + "   error", flush=True)
     weights, kept = None, None
-    for case, (shape, num_tokens, config) in zip(cases, wanted, strict=True):
+    for case in cases:
+        shape, num_tokens, config = case.shape, case.num_tokens, case.config
         if kept != shape:
             weights = prepared = None
             torch.cuda.empty_cache()
@@ -57,17 +50,14 @@ def main() -> None:
         aligned = [variant.align(prepared, make_inputs(workload, device), config) for workload in workloads]
         out = torch.empty(num_tokens, shape.hidden_size, dtype=torch.bfloat16, device=device)
         expected = expected_output(weights, aligned[1]).float() if num_tokens <= 2048 else None
-        line, worst = f"{case:20}", 0.0
+        line, worst, first = f"{case!s:20}", 0.0, expected
         for sp.OVERLAP in splits:
             prepared.calls = sp.ReadyCalls()
             out.fill_(float("nan"))
             variant.run(prepared, aligned[1], out, config)
-            if expected is not None:
-                worst = max(worst, float((out.float() - expected).norm() / expected.norm()))
-            elif line == f"{case:20}":
-                first = out.float()
-            else:
-                worst = max(worst, float((out.float() - first).norm() / first.norm()))
+            if first is None:
+                first = out.float()  # what the others are held against
+            worst = max(worst, float((out.float() - first).norm() / first.norm()))
 
             def call(i: int, prepared=prepared, aligned=aligned, out=out, config=config) -> None:
                 variant.run(prepared, aligned[i % 2], out, config)

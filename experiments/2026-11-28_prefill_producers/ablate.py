@@ -13,7 +13,6 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 from kernels_cuda import compile as cuda_compile
 from kernels_cuda import sm90_prefill as sp
@@ -61,17 +60,10 @@ def compiled(case: str, ablation: str) -> tuple[cuda_compile.Cubin, int]:
         return sp._compile_up(shape, config, False)
 
 
-def without_down_phase() -> SimpleNamespace:
-    """In the place of a kernel: its launches do nothing."""
-    launch = SimpleNamespace(enqueue=lambda stream: None)
-    return SimpleNamespace(
-        max_clusters=132, bind=lambda params, *_, **__: SimpleNamespace(params=params, enqueue=launch.enqueue)
-    )
-
-
 def times(cases: list[str], cubins: dict[tuple[str, str], tuple[cuda_compile.Cubin, int]]) -> None:
     import torch
 
+    from experiments.calls import no_kernel
     from experiments.cold_l2 import graph_difference
     from kernels_cuda.launch import load
     from workbench.generate import make_inputs, make_weights
@@ -90,7 +82,7 @@ def times(cases: list[str], cubins: dict[tuple[str, str], tuple[cuda_compile.Cub
         for ablation in ABLATIONS:
             cubin, num_bytes = cubins[case, ablation]
             up = load(cubin, sp.GROUPED_THREADS, sp.CLUSTER_SIZE, num_bytes, device)
-            prepared.kernels[config], prepared.calls = (up, without_down_phase()), sp.ReadyCalls()
+            prepared.kernels[config], prepared.calls = (up, no_kernel()), sp.ReadyCalls()
             aligned = [variant.align(prepared, batch, config) for batch in batches]
 
             def call(i: int, aligned=aligned, prepared=prepared, out=out, config=config) -> None:

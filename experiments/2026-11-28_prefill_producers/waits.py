@@ -9,22 +9,15 @@ Of one call on a cold L2: the mean over all CTAs. --compile only compiles, and n
 
 import sys
 
-import cupy
 import numpy
 import torch
 
+from experiments.calls import call_on_cold_l2, written_down
 from kernels_cuda import sm90_prefill as sp
-from workbench.generate import make_inputs, make_weights
 from workbench.models import shape_of_alias
-from workbench.problem import Workload
 
 CASES = ("dsv3_tp16:1024:128", "dsv3_tp16:4096:160", "dsv3_tp8:8192:272", "qwen3next_tp4:4096:128")
-NUM_CTAS, ENTRIES = 132, 1024
-
-
-def read(module: cupy.RawModule, name: str, columns: int) -> numpy.ndarray:
-    memory = cupy.ndarray((NUM_CTAS, columns), dtype=cupy.uint64, memptr=module.get_global(name))
-    return cupy.asnumpy(memory).astype(numpy.int64)
+ENTRIES = 1024
 
 
 def products(entries: numpy.ndarray) -> tuple[int, int]:
@@ -40,20 +33,12 @@ def products(entries: numpy.ndarray) -> tuple[int, int]:
 
 def measure(case: str) -> None:
     alias, num_tokens, height = case.split(":")
-    shape, device, variant = shape_of_alias(alias), torch.device("cuda", 0), sp.SM90Prefill()
+    shape = shape_of_alias(alias)
     config = sp.Config(max_rows=int(height), **sp.downs(shape)[0])
-    prepared = variant.prepare(make_weights(shape, seed=0, device=device))
-    inputs = make_inputs(Workload(shape, int(num_tokens), seed=1, input_kind="fp8"), device)
-    aligned = variant.align(prepared, inputs, config)
-    out = torch.empty(int(num_tokens), shape.hidden_size, dtype=torch.bfloat16, device=device)
-    flush = torch.zeros(96 << 20, dtype=torch.int32, device=device)
-    for _ in range(3):
-        flush.sum()
-        variant.run(prepared, aligned, out, config)
-    torch.cuda.synchronize()
-    module = cupy.RawModule(path=str(sp._compile_up(shape, config, False)[0].path))
-    cycles, steps = numpy.sum([products(row) for row in read(module, "traced", ENTRIES)], axis=0)
-    math, producers = read(module, "waited", 2).sum(axis=0)
+    call_on_cold_l2(sp.SM90Prefill(), shape, int(num_tokens), config)
+    cubin = sp._compile_up(shape, config, False)[0]
+    cycles, steps = numpy.sum([products(row) for row in written_down(cubin, "traced", ENTRIES)], axis=0)
+    math, producers = written_down(cubin, "waited", 2).sum(axis=0)
     print(
         f"{case}: {cycles / steps:.0f} cycles a step, math waits {math / steps:.0f}, producers {producers / steps:.0f}"
     )

@@ -9,34 +9,22 @@ Prints cycles of the SMs, the 5th, 50th and 95th percentile of all pieces of all
 
 import sys
 
-import cupy
 import numpy
 import torch
 
+from experiments.calls import call_on_cold_l2, written_down
 from kernels_cuda import sm90_prefill as sp
-from workbench.generate import make_inputs, make_weights
 from workbench.models import shape_of_alias
-from workbench.problem import Workload
 
 CASES = ("dsv3_tp8:8192:272", "dsv3_tp16:4096:192", "qwen3next_tp4:4096:128")
-NUM_CTAS, ENTRIES = 132, 1024
+ENTRIES = 1024
 
 
 def traced(alias: str, num_tokens: int, height: int) -> numpy.ndarray:
-    shape, device, variant = shape_of_alias(alias), torch.device("cuda", 0), sp.SM90Prefill()
+    shape = shape_of_alias(alias)
     config = sp.Config(max_rows=height, **sp.downs(shape)[0])
-    prepared = variant.prepare(make_weights(shape, seed=0, device=device))
-    inputs = make_inputs(Workload(shape, num_tokens, seed=1, input_kind="fp8"), device)
-    aligned = variant.align(prepared, inputs, config)
-    out = torch.empty(num_tokens, shape.hidden_size, dtype=torch.bfloat16, device=device)
-    flush = torch.zeros(96 << 20, dtype=torch.int32, device=device)
-    for _ in range(3):
-        flush.sum()
-        variant.run(prepared, aligned, out, config)
-    torch.cuda.synchronize()
-    module = cupy.RawModule(path=str(sp._compile_up(shape, config, False)[0].path))
-    found = cupy.ndarray((NUM_CTAS, ENTRIES), dtype=cupy.uint64, memptr=module.get_global("traced"))
-    return cupy.asnumpy(found).astype(numpy.int64)
+    call_on_cold_l2(sp.SM90Prefill(), shape, num_tokens, config)
+    return written_down(sp._compile_up(shape, config, False)[0], "traced", ENTRIES)
 
 
 def summary(entries: numpy.ndarray) -> None:
