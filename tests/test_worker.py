@@ -136,10 +136,10 @@ def test_an_interrupt_kills_a_child_that_hangs(monkeypatch: pytest.MonkeyPatch) 
     process = int(next(traces).message.rpartition(" ")[2])
     # While the child is waited for: a signal from another thread may arrive where Python drops it, as in a hook of the
     # garbage collector.
-    monkeypatch.setattr(selectors.DefaultSelector, "select", lambda *_: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-        next(traces)
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(selectors.DefaultSelector, "select", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            next(traces)
     with pytest.raises(ProcessLookupError):
         os.kill(process, 0)
 

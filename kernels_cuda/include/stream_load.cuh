@@ -45,7 +45,7 @@ struct WeightLoader {
 #pragma unroll 1
         for (uint32_t k = piece.first_unit; k < early_end(piece); ++k, ++num_loads)
             issue(up_stage(expert, piece.item % kNumChunks, k), kStageBytes);
-        begin(piece);  // tokens take as long as weights: a look at the batch for each, one after the other
+        begin(piece);  // its tokens, found by one read of the batch after another, take as long as the weights
     }
 
     __device__ __forceinline__ static uint32_t early_end(const Piece& piece) {
