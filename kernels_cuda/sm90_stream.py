@@ -80,10 +80,9 @@ def smem_bytes(shape: MoEShape, max_rows: int, num_stages: int, num_buffers: int
 
 
 def most_buffers(shape: MoEShape, max_rows: int, num_stages: int) -> int:
-    """Of how many pieces of the down phase activations may be on their way to a CTA at a time: of low tiles, whose pieces
-    are short, three where that takes no stage from the ring."""  # noqa: E501
-    fits = smem_bytes(shape, max_rows, num_stages, FEWEST_BUFFERS + 1) <= SMEM_BYTES
-    return FEWEST_BUFFERS + (max_rows <= 16 and fits)
+    """Of how many pieces of the down phase activations may be on their way to a CTA at a time: one for each gather warp
+    where that takes no stage from the ring."""
+    return FEWEST_BUFFERS + (smem_bytes(shape, max_rows, num_stages, FEWEST_BUFFERS + 1) <= SMEM_BYTES)
 
 
 def token_stages(max_rows: int, num_stages: int) -> int:

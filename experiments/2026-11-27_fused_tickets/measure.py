@@ -6,7 +6,7 @@
 check   against the reference on small shapes, several laws of routing, choices dropped, aligned ahead or not
 mixed   many calls of mixed sizes on one stream without a wait between, each held against the result of a quiet call
 cells   us per call by the workbench's timing, kernel scope: each copy with its default config, and with options=
-        rows=24,32 in_flight=4 parts=8,16 also this tree with other ones
+        rows=24,32 in_flight=4 parts=8,16 also this tree with other ones; under laws=uniform,zipf:1.2 or the first alone
 own_w2  for copies that lay out w2 in another way
 
 A copy is a package beside this tree, named on the command line as copy=NAME: kernels_cuda of another revision with its
@@ -29,7 +29,7 @@ import torch
 
 from workbench import timing
 from workbench.generate import make_inputs, make_weights
-from workbench.models import shape_of_alias
+from workbench.models import shape_of_alias, usual_shapes
 from workbench.problem import MoEShape, RoutingLaw, Workload
 from workbench.roofline import floor_us
 from workbench.variant import Config
@@ -110,9 +110,14 @@ def mixed(num_calls: int = 4000) -> bool:
     return failures == 0
 
 
+def shape_named(name: str) -> MoEShape:
+    """Of the usual layers, or an alias."""
+    return next((shape for shape in usual_shapes() if shape.name == name), None) or shape_of_alias(name)
+
+
 def candidates(arguments: list[str], shape: MoEShape, num_tokens: int) -> list[tuple[str, object, Config]]:
     """Label, variant and config."""
-    options = dict(argument.split("=") for argument in arguments if "=" in argument and not argument.startswith("c"))
+    options = dict(argument.split("=") for argument in arguments if "=" in argument and not argument.startswith(("c", "l")))
     found = []
     for package in (NEW, *(argument.removeprefix("copy=") for argument in arguments if argument.startswith("copy="))):
         variant = module(package).SM90Stream()
@@ -124,10 +129,7 @@ def candidates(arguments: list[str], shape: MoEShape, num_tokens: int) -> list[t
     rows_that_are_near = [
         config
         for config in new.configs(shape, num_tokens)
-        if num_tokens >= 64
-        and config.integer("max_rows") in wanted
-        and config != default
-        and 0.5 <= config["max_rows"] / default["max_rows"] <= 3
+        if config.integer("max_rows") in wanted and config != default and config["max_rows"] >= default["max_rows"] / 2
     ]
     found += [(f"rows {config['max_rows']}", new, config) for config in rows_that_are_near]
     for in_flight in options.get("in_flight", "").split(","):
@@ -147,13 +149,16 @@ def cells_of(arguments: list[str]) -> list[tuple[str, int]]:
 def time_cells(arguments: list[str]) -> None:
     backend = timing.CudaBackend(DEVICE)
     name = torch.cuda.get_device_name(DEVICE)
+    named = [argument.removeprefix("laws=").split(",") for argument in arguments if argument.startswith("laws=")]
+    laws = named[0] if named else ["uniform"]
     for alias, group in itertools.groupby(cells_of(arguments), key=lambda cell: cell[0]):
-        shape = shape_of_alias(alias)
+        shape = shape_named(alias)
         weights = make_weights(shape, seed=0, device=DEVICE)
         prepared: dict[object, object] = {}
-        for _, num_tokens in group:
+        for (_, num_tokens), law in itertools.product(group, laws):
             started = time.monotonic()
-            batches = [make_inputs(Workload(shape, num_tokens, seed=seed), DEVICE) for seed in range(6)]
+            workloads = [Workload(shape, num_tokens, RoutingLaw.parse(law), seed=seed) for seed in range(6)]
+            batches = [make_inputs(workload, DEVICE) for workload in workloads]
             out = torch.empty(num_tokens, shape.hidden_size, dtype=torch.bfloat16, device=DEVICE)
             expected = expected_output(weights, batches[0])
             armed, errors, configs = [], {}, {}
@@ -183,7 +188,7 @@ def time_cells(arguments: list[str]) -> None:
             )
             error, seconds = max(errors.values()), time.monotonic() - started
             print(
-                f"{alias} {num_tokens}: floor {floor:.1f}  {figures}  error {error:.4f} [{seconds:.1f} s]",
+                f"{alias} {num_tokens} {law}: floor {floor:.1f}  {figures}  error {error:.4f} [{seconds:.1f} s]",
                 flush=True,
             )
 
@@ -192,7 +197,7 @@ def compile_all(arguments: list[str]) -> None:
     """What the other arguments would need, for 132 SMs."""
     wanted = {}
     for alias, num_tokens in cells_of(arguments):
-        shape = shape_of_alias(alias)
+        shape = shape_named(alias)
         for _, variant, config in candidates(arguments, shape, num_tokens):
             wanted[variant.name, shape, config] = (variant, shape, config)
     if "check" in arguments or "mixed" in arguments:

@@ -40,11 +40,10 @@ constexpr uint32_t kThreadsToFit = kLeavesRoom ? 512 : kNumThreads;
 constexpr uint32_t kProducerRegisters = kLeavesRoom ? 64 : 72;
 constexpr uint32_t kMathRegisters = kLeavesRoom ? 160 : 216;
 
-// Activations of pieces of the down phase. Of low tiles a piece is as short as one trip to L2, so that each gather warp has
-// pieces of its own; those of tall tiles take all of them.
+// Activations of pieces of the down phase. Of tiles with few of them a piece is as short as one trip to L2, so that a gather
+// warp has pieces of its own; those with more take all of the warps.
 constexpr uint32_t kNumBuffers = NUM_BUFFERS;
-constexpr bool kGathersInTurn = kMaxRows <= 16;
-constexpr uint32_t kDownGatherThreads = kGathersInTurn ? 32 : kNumGatherThreads;
+constexpr uint32_t kMostGroupsOfWarp = 32;  // of 128 activations: two trips
 
 // Tokens of tall tiles would take the room of a stage of weights.
 constexpr uint32_t kNumTokenStages = kMaxRows <= 32 || kNumStages < 4 ? kNumStages : 4;

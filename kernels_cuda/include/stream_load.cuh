@@ -231,36 +231,40 @@ struct Gatherer {
     // memory, or this CTA computes them from sums there.
     static constexpr uint32_t kOwn = 0, kFromMemory = 1, kFromSums = 2;
 
-    // kDownGatherThreads threads: what a piece takes beside its weights: their scales, the tile's rows in `out`, and the
-    // activations from memory or what it takes to make them from sums, the tokens' weights. All of it is under way at a time.
+    // What a piece takes beside its weights: their scales, the tile's rows in `out`, and the activations from memory or what it
+    // takes to make them from sums, the tokens' weights. All of it is under way at a time.
     __device__ __forceinline__ void gather_down(const Piece& piece, uint32_t activations) {
         if (activations != kOwn) grid_dependency::wait();  // before that activations may look written that are not
-        const uint32_t buffer = activation.stage, own = thread % kDownGatherThreads;
+        const uint32_t buffer = activation.stage;
+        Tile tile = tile_at(p, shared, piece.item);
         // A warp whose turn it is not goes the same way with nothing to do: after a branch around it nothing would be uniform,
         // see registers::uniform().
-        const bool has_turn = !kGathersInTurn || thread / 32 == buffer;
-        Tile tile = tile_at(p, shared, piece.item);
+        const bool takes_turns = kMaxRows * kNumChunks <= kMostGroupsOfWarp ||
+                                 tile.num_rows * kNumChunks <= kMostGroupsOfWarp;
+        const bool has_turn = !takes_turns || thread / 32 == buffer;
+        const uint32_t own = takes_turns ? thread % 32 : thread, num_threads = takes_turns ? 32 : kNumGatherThreads;
         if (!has_turn) tile.num_rows = 0;
         mbarrier::wait(shared.activation_empty[buffer], activation.parity ^ 1);
         const float* const scales = p.w2_scale + static_cast<uint64_t>(tile.expert) * kNumK * kNumChunks;
         const uint32_t end = has_turn ? min(2 * piece.last_unit, kNumK) * kNumChunks : 0;
 #pragma unroll 1
-        for (uint32_t i = 2 * piece.first_unit * kNumChunks + own; i < end; i += kDownGatherThreads)
+        for (uint32_t i = 2 * piece.first_unit * kNumChunks + own; i < end; i += num_threads)
             cp_async_4(&shared.down_scale[buffer][i], scales + i, true);
-        static_assert(kMaxRows <= kDownGatherThreads, "a thread has at most one row");
+        static_assert(kMaxRows <= kNumGatherThreads && kMostGroupsOfWarp <= 32, "a thread has at most one row");
         const bool has_row = own < tile.num_rows;
         const int32_t choice = has_row ? p.sorted_choices[tile.first_row + own] : 0;
         if (activations == kFromMemory) {
-            gather_activations(tile, buffer, own);
+            gather_activations(tile, buffer, own, num_threads);
         } else if (has_row && activations == kFromSums) {
             shared.row_weight[buffer][own] = p.topk_weights[choice] * p.routed_scaling_factor;
         }
         if (has_row) shared.output_row[buffer][own] = kDeterministic ? choice : choice / p.top_k;
+        __syncwarp();
         cp_async_wait_all();
         mbarrier::arrive_warp(shared.activation_full[buffer]);
     }
 
-    __device__ __forceinline__ void gather_activations(const Tile& tile, uint32_t buffer, uint32_t own) {
+    __device__ __forceinline__ void gather_activations(const Tile& tile, uint32_t buffer, uint32_t own, uint32_t num_threads) {
         constexpr uint32_t kAtOnce = 4;
         constexpr uint32_t kPieces = kGroupSize / 16;
         const uint32_t num_scales = tile.num_rows * kNumChunks, num_pieces = num_scales * kPieces;
@@ -268,23 +272,24 @@ struct Gatherer {
         const uint4* const rows = p.activations + static_cast<uint64_t>(tile.first_row) * kNumChunks * kPieces;
         float scale = own < num_scales ? exchange::load_once(scales + own) : 0.f;
 #pragma unroll 1
-        for (uint32_t first = own; first < num_pieces; first += kAtOnce * kDownGatherThreads) {
+        for (uint32_t first = own; first < num_pieces; first += kAtOnce * num_threads) {
             uint4 value[kAtOnce];
             exchange::load(
-                value, [&](uint32_t i) { return first + i * kDownGatherThreads < num_pieces; },
-                [&](uint32_t i) { return rows + first + i * kDownGatherThreads; });
+                value, [&](uint32_t i) { return first + i * num_threads < num_pieces; },
+                [&](uint32_t i) { return rows + first + i * num_threads; });
 #pragma unroll
             for (uint32_t i = 0; i < kAtOnce; ++i) {
-                const uint32_t index = first + i * kDownGatherThreads;
+                const uint32_t index = first + i * num_threads;
                 const uint32_t row = index / (kNumChunks * kPieces), chunk = index / kPieces % kNumChunks;
                 uint8_t* const target = shared.activation[buffer][chunk] + row * kGroupSize;
                 if (index < num_pieces) *reinterpret_cast<uint4*>(target + (index % kPieces ^ row % 8) * 16) = value[i];
             }
         }
+        __syncwarp();
         fence_async_proxy();
 #pragma unroll 1
-        for (uint32_t i = own; i < num_scales; i += kDownGatherThreads) {
-            if (i >= kDownGatherThreads) scale = exchange::load_once(scales + i);
+        for (uint32_t i = own; i < num_scales; i += num_threads) {
+            if (i >= num_threads) scale = exchange::load_once(scales + i);
             shared.activation_scale[buffer][i % kNumChunks][i / kNumChunks] = exchange::await_written(scale, scales + i);
         }
     }
