@@ -34,7 +34,7 @@ struct Params {
     const int32_t* topk_ids;  // [num_choices]; an id outside 0..num_experts-1 is not on this rank
     int32_t* sorted_choices;  // [num_choices] in tiles, [capacity] in blocks
     // as tiles of up to max_rows; null: as blocks
-    int4* tiles;  // reference.routing.TiledRouting.tiles
+    int4* tiles;  // [1 + capacity]: reference.routing.TiledRouting.tiles
     // as blocks of max_rows
     int32_t* expert_ids;              // [capacity / max_rows]
     int32_t* num_tokens_post_padded;  // [1]
@@ -180,6 +180,13 @@ __device__ __forceinline__ void rank_tiles(const Params& p, SharedStorage& share
     }
 }
 
+// Zeros behind the last tile: kernels read entries before they know how many there are.
+__device__ __forceinline__ void write_no_tiles(const Params& p, uint32_t num_tiles) {
+    const uint32_t thread = blockIdx.x * kNumThreads + threadIdx.x;
+    for (uint32_t index = num_tiles + thread; index < p.capacity; index += p.num_routing_ctas * kNumThreads)
+        p.tiles[1 + index] = make_int4(0, 0, 0, 0);
+}
+
 // The list of tiles, higher ones first; each routing CTA writes every num_routing_ctas-th tile of an expert.
 __device__ __forceinline__ void write_tiles(const Params& p, SharedStorage& shared, uint32_t num_rows,
                                             const uint32_t (&count)[kExpertsPerThread],
@@ -198,6 +205,7 @@ __device__ __forceinline__ void write_tiles(const Params& p, SharedStorage& shar
     const uint32_t num_tiles = higher_tiles + (higher_height > 1 ? tiles_of(higher_height - 1) : 0u);
     const uint32_t sum = inclusive_sum_of_warp(num_tiles);
     if (blockIdx.x == 0 && threadIdx.x == 31) p.tiles[0] = make_int4(sum, num_rows, 0, 0);
+    write_no_tiles(p, __shfl_sync(~0u, sum, 31));
 #pragma unroll
     for (uint32_t i = 0; i < kExpertsPerThread; ++i) {
         const uint32_t expert = first_expert + i;
@@ -289,8 +297,9 @@ __device__ __forceinline__ void route(const Params& p, SharedStorage& shared) {
     if constexpr (kClusterSize > 1) cluster::sync();  // the others may still be reading this CTA's counts
 }
 
-// One CTA, for few choices in tiles of one height: a choice keeps its rank among its expert's from the count, and tiles are
-// numbered by the same sum as slots.
+// One CTA, for few choices in tiles of one height or two: a choice keeps its rank among its expert's from the count, and tiles
+// are numbered by the same sum as slots, those of more than kRowStep rows before the others.
+template <uint32_t kTileRows>
 __device__ __forceinline__ void route_few(const Params& p, SharedStorage& shared) {
     const uint32_t first_expert = kExpertsPerThread * threadIdx.x;
     uint32_t expert[kFewPerThread], rank[kFewPerThread];
@@ -306,23 +315,32 @@ __device__ __forceinline__ void route_few(const Params& p, SharedStorage& shared
         rank[i] = expert[i] < p.num_experts ? atomicAdd(&shared.count[expert[i]], 1u) : 0u;
     __syncthreads();
 
-    uint32_t count[kExpertsPerThread], packed[kExpertsPerThread], total;  // slots, and from bit 16 on tiles
+    static_assert(kTileRows == kRowStep || kTileRows == 2 * kRowStep);
+    // Of slots, of high tiles, of low tiles: each sum in its bits of one word.
+    constexpr uint32_t kHigh = 11, kLow = 21, kSlotMask = (1 << kHigh) - 1, kHighMask = (1 << (kLow - kHigh)) - 1;
+    static_assert(kFewPerThread * kNumThreads <= kSlotMask && kFewPerThread * kNumThreads / kRowStep <= kHighMask);
+    uint32_t count[kExpertsPerThread], packed[kExpertsPerThread], total;
 #pragma unroll
     for (uint32_t i = 0; i < kExpertsPerThread; ++i) {
         count[i] = shared.count[first_expert + i];
-        packed[i] = count[i] | ceil_div(count[i], kRowStep) << 16;
+        const bool is_high = kTileRows > kRowStep && count[i] > kRowStep;
+        packed[i] = count[i] | ceil_div(count[i], kTileRows) << (is_high ? kHigh : kLow);
     }
     uint32_t before = exclusive_sum(packed[0] + packed[1], shared.warp_total, total);
-    if (threadIdx.x == 0) p.tiles[0] = make_int4(total >> 16, total & 0xffff, 0, 0);
+    const auto high_of = [](uint32_t sums) { return kTileRows > kRowStep ? sums >> kHigh & kHighMask : 0u; };
+    const uint32_t num_high = high_of(total);
+    if (threadIdx.x == 0) p.tiles[0] = make_int4(num_high + (total >> kLow), total & kSlotMask, 0, 0);
+    write_no_tiles(p, num_high + (total >> kLow));
 #pragma unroll
     for (uint32_t i = 0; i < kExpertsPerThread; ++i) {
-        const uint32_t first_slot = before & 0xffff, num_tiles = packed[i] >> 16;
-        int4* const tiles = p.tiles + 1 + (before >> 16);
+        const uint32_t first_slot = before & kSlotMask, own_high = high_of(packed[i]);
+        const uint32_t num_tiles = own_high + (packed[i] >> kLow);
+        int4* const tiles = p.tiles + 1 + (own_high > 0 ? high_of(before) : num_high + (before >> kLow));
         shared.first_slot[first_expert + i] = first_slot;
 #pragma unroll 1
         for (uint32_t index = 0; index < num_tiles; ++index) {
-            const uint32_t start = index * kRowStep;
-            tiles[index] = make_int4(first_expert + i, first_slot + start, min(kRowStep, count[i] - start), num_tiles);
+            const uint32_t start = index * kTileRows;
+            tiles[index] = make_int4(first_expert + i, first_slot + start, min(kTileRows, count[i] - start), num_tiles);
         }
         before += packed[i];
     }
@@ -332,11 +350,6 @@ __device__ __forceinline__ void route_few(const Params& p, SharedStorage& shared
         const uint32_t choice = i * kNumThreads + threadIdx.x;
         if (expert[i] < p.num_experts) p.sorted_choices[shared.first_slot[expert[i]] + rank[i]] = choice;
     }
-}
-
-__device__ __forceinline__ bool routes_few(const Params& p) {
-    return p.tiles != nullptr && p.max_rows == kRowStep && p.num_choices <= kFewPerThread * kNumThreads &&
-           p.num_routing_ctas == 1;
 }
 
 // value / scale, rounded; -0 stays -0.
@@ -408,8 +421,11 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 2) sm90_prologue(const
     __shared__ SharedStorage shared;
     grid_dependency::launch_dependents();
     if (blockIdx.x < p.num_routing_ctas) {
-        if (routes_few(p))
-            route_few(p, shared);
+        const bool is_few = p.tiles != nullptr && p.num_choices <= kFewPerThread * kNumThreads;
+        if (is_few && p.max_rows == kRowStep)
+            route_few<kRowStep>(p, shared);
+        else if (is_few && p.max_rows == 2 * kRowStep)
+            route_few<2 * kRowStep>(p, shared);
         else if (p.cluster_size == 1)
             route<1>(p, shared);
         else

@@ -154,7 +154,8 @@ def bind(
         cluster_size, num_routing_ctas = _routing_ctas(num_choices, form)
         params.cluster_size, params.num_routing_ctas = cluster_size, num_routing_ctas
         params.num_choices, params.num_experts, params.max_rows = num_choices, num_experts, max_rows
-        params.capacity = aligned_capacity(num_choices, max_rows, num_experts) if form == "blocks" else 0
+        capacity = aligned_capacity if form == "blocks" else tile_capacity
+        params.capacity = capacity(num_choices, max_rows, num_experts)
     num_vectors = max(params.num_out_vectors, params.num_poison_vectors)
     num_working_ctas = max(-(-params.num_groups // GROUPS_PER_CTA), -(-num_vectors // NUM_THREADS))
 

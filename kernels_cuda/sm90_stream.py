@@ -39,6 +39,7 @@ QUEUE_SIZE = 8  # pieces of work that a CTA has taken
 SUMS_ROW_BYTES = 1024
 FLAGGED_PARTS = 4  # with so many parts of a job at most, a flag follows its sums: there are too many of them to mark
 FLAG_BYTES = 8 * FLAGGED_PARTS * 4  # of a job: for each warp and part
+FEWEST_EXPERTS_WITH_SKEW = 32
 FUSED_FROM = 1.6  # tiles for each SM
 DETERMINISTIC_PARTS = 8  # of a job, whatever the batch
 
@@ -270,11 +271,25 @@ def max_rows_that_fit(shape: MoEShape) -> list[int]:
 
 
 def default_max_rows(shape: MoEShape, num_tokens: int) -> int:
-    """The least height that holds the rows of nearly every routed expert: their mean and 2.7 standard deviations."""
+    """The least height that holds the rows of most routed experts, their mean and 1.9 standard deviations, times what
+    skew is worth.
+
+    Under a law that is not uniform a few experts have many rows, and what is read once for each tile of theirs takes as
+    long as all else. A kernel for tall tiles is some 2 us slower on low ones, which is little where experts are large, if
+    they are so many that skew is to be expected (experiments/2026-11-28_heights).
+    """
     rows = shape.expected_rows(num_tokens)
-    wanted = rows + 2.7 * math.sqrt(max(rows - 1.0, 0.0))
+    wanted = (rows + 1.9 * math.sqrt(max(rows - 1.0, 0.0))) * _skew(shape)
     fitting = max_rows_that_fit(shape)
     return next((height for height in fitting if height >= wanted), fitting[-1])
+
+
+def _skew(shape: MoEShape) -> float:
+    """How much taller tiles are than those that uniform routing asks for."""
+    expert_bytes = 3 * shape.intermediate_size * shape.hidden_size
+    if shape.num_experts < FEWEST_EXPERTS_WITH_SKEW or expert_bytes < 1.2e6:
+        return 1.0
+    return 2.0 if expert_bytes < 4e6 else 3.5
 
 
 def default_max_parts(shape: MoEShape, num_tokens: int) -> int:

@@ -30,9 +30,9 @@ def tile_w2(w2: torch.Tensor) -> torch.Tensor:
     """`w2` [E, H, I] as uint8 [E, H * ceil(I/128) * 128]: groups of 256 rows, in each its chunks of 128 channels, in
     each its rows of 128 bytes (the last group may have only 128). H is a multiple of 128; channels past I are zeros.
 
-    Rows of a group are so ordered that a thread's wgmma accumulators are adjacent columns of `out`, and a warp's too: row
-    64 b + 16 w + 8 h + g is row 64 w + 8 g + 2 b + h of the 256, or 32 w + 4 g + 2 b + h of 128.
-    """  # noqa: E501
+    Rows of a group are so ordered that a thread's wgmma accumulators are adjacent columns of `out`, and a warp's too:
+    row 64 b + 16 w + 8 h + g is row 64 w + 8 g + 2 b + h of the 256, or 32 w + 4 g + 2 b + h of 128.
+    """
     num_experts, hidden, num_channels = w2.shape
     chunks = -(-num_channels // TILE)
     tiles = torch.empty(num_experts, hidden * chunks * TILE, dtype=torch.uint8, device=w2.device)

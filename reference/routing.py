@@ -36,7 +36,7 @@ class TiledRouting:
     """int32 [M * top_k]: choices grouped by ascending expert; undefined past those with an expert on this rank."""
     tiles: torch.Tensor
     """int32 [1 + capacity, 4]: (number of tiles, number of rows, 0, 0), then for each tile (expert, first row in
-    `sorted_choices`, number of rows, number of tiles of the expert); undefined past those."""
+    `sorted_choices`, number of rows, number of tiles of the expert); zeros past those."""
     max_rows: int
 
 

@@ -29,7 +29,8 @@ from workbench.problem import MoEShape
 from workbench.variant import Config
 
 DSV3_TP16 = shape_of_alias("dsv3_tp16")
-SHAPES = [DSV3_TP16, *(shape_of_alias(alias) for alias in ("dsv3_tp8", "qwen3next_tp4", "tiny", "tiny_shared"))]
+DSV3_TP8 = shape_of_alias("dsv3_tp8")
+SHAPES = [DSV3_TP16, DSV3_TP8, *(shape_of_alias(alias) for alias in ("qwen3next_tp4", "tiny", "tiny_shared"))]
 WIDE = MoEShape(8, 4096, 3584, 2)
 TOKENS = (0, 1, 2, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 131072)
 
@@ -82,6 +83,14 @@ def test_tiles_grow_with_the_rows_of_an_expert():
     assert (heights[1], heights[-1]) == (8, 64)
 
 
+def test_tiles_are_taller_where_experts_are_large_and_many():
+    large, small, few = DSV3_TP8, shape_of_alias("qwen3next_tp4"), MoEShape(8, 7168, 256, 2)
+    assert [default_max_rows(large, tokens) for tokens in (16, 64, 256, 512)] == [8, 16, 48, 64]
+    assert [default_max_rows(DSV3_TP16, tokens) for tokens in (16, 64, 256, 512)] == [8, 16, 32, 48]
+    assert [default_max_rows(small, tokens) for tokens in (64, 256, 512, 1024)] == [8, 16, 16, 32]
+    assert [default_max_rows(few, tokens) for tokens in (16, 32, 64)] == [8, 16, 24]
+
+
 def test_sums_are_flagged_where_there_are_many_rows_or_tiles():
     qwen = shape_of_alias("qwen3next_tp4")
     assert [default_max_parts(DSV3_TP16, tokens) for tokens in (1, 8, 32, 64, 1024)] == [16, 16, 8, 4, 4]
@@ -93,8 +102,9 @@ def test_tall_tiles_have_fewer_stages_of_tokens_and_so_as_many_of_weights():
     assert [most_stages(DSV3_TP16, rows) for rows in MAX_ROWS] == [6, 6, 5, 5, 5, 4]
 
 
-def test_low_tiles_have_a_third_buffer_of_activations_where_it_takes_no_stage():
-    assert [most_buffers(DSV3_TP16, rows, most_stages(DSV3_TP16, rows)) for rows in MAX_ROWS] == [3, 3, 2, 2, 2, 2]
+def test_there_is_a_third_buffer_of_activations_where_it_takes_no_stage():
+    assert [most_buffers(DSV3_TP16, rows, most_stages(DSV3_TP16, rows)) for rows in MAX_ROWS] == [3] * len(MAX_ROWS)
+    assert [most_buffers(DSV3_TP8, rows, most_stages(DSV3_TP8, rows)) for rows in MAX_ROWS] == [3, 3, 3, 3, 2, 2]
     assert most_buffers(WIDE, 8, most_stages(WIDE, 8)) == 2
     for shape in (*SHAPES, WIDE):
         for rows in max_rows_that_fit(shape):

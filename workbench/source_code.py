@@ -1,8 +1,9 @@
-"""What of a source file can change a result: its code, without comments, blank lines and trailing white space.
+"""What of a source file can change a result: its code, without comments, docstrings, blank lines and trailing white
+space.
 
 Measurements are keyed by it (environment.sources_digest), so that they outlive an edit of a comment. Compiled kernels
-are kept by the whole text (kernels_cuda/compile.py), since they hold line numbers. Docstrings are code: programs may
-read them.
+are kept by the whole text (kernels_cuda/compile.py), since they hold line numbers. A program may read its docstrings,
+but these that compute and time do not.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import io
 import re
 import tokenize
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _CUDA_COMMENT = rb"//(?:\\\r?\n|[^\n])*|/\*.*?\*/"
@@ -27,7 +29,8 @@ _CUDA_COMMENTS = re.compile(_CUDA_COMMENT, re.DOTALL)
 
 
 def code(path: Path) -> bytes:
-    """The code of a CUDA (.cu, .cuh) or Python source file, equal for files that differ in comments and blank lines.
+    """The code of a CUDA (.cu, .cuh) or Python source file, equal for files that differ in comments, docstrings and
+    blank lines.
 
     It is made to be compared or hashed, and the same under every version of Python. A file of another kind, or one
     that Python cannot tokenize, is returned as it is.
@@ -65,6 +68,8 @@ def _python_code(path: Path) -> bytes:
         depth += kind.endswith("STRING_START") - kind.endswith("STRING_END")
         if depth == 0 and kind in ("COMMENT", "NEWLINE", "NL"):
             ends.setdefault(token.start[0], token.start[1] if kind == "COMMENT" else None)
+    for token in _docstrings(tokens):
+        ends |= dict.fromkeys(range(token.start[0], token.end[0] + 1), 0)
     lines = []
     for row, line in enumerate(io.StringIO(text), start=1):
         if row not in ends:
@@ -72,3 +77,17 @@ def _python_code(path: Path) -> bytes:
         elif kept := line[: ends[row]].rstrip():
             lines.append(kept + "\n")
     return "".join(lines).encode()
+
+
+def _docstrings(tokens: Iterable[tokenize.TokenInfo]) -> Iterator[tokenize.TokenInfo]:
+    """The strings that are a statement each, of modules, classes, functions and attributes; not one that is all there
+    is of a block."""
+    kept = [token for token in tokens if token.type not in (tokenize.COMMENT, tokenize.NL)]
+    starts = (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)  # of a statement, when they come before it
+    for before, token, end, after in zip([None, *kept], kept, kept[1:], [*kept[2:], None], strict=False):
+        if token.type != tokenize.STRING or end.type != tokenize.NEWLINE:
+            continue
+        is_statement = before is None or before.type in starts
+        is_block = before is not None and before.type == tokenize.INDENT and after and after.type == tokenize.DEDENT
+        if is_statement and not is_block:
+            yield token

@@ -8,6 +8,7 @@ mixed   many calls of mixed sizes on one stream without a wait between, each hel
 cells   us per call by the workbench's timing, kernel scope: each copy with its default config, and with options=
         rows=24,32 in_flight=4 parts=8,16 also this tree with other ones; under laws=uniform,zipf:1.2 or the first alone
 own_w2  for copies that lay out w2 in another way
+layer   cells are calls on bf16 tokens
 
 A copy is a package beside this tree, named on the command line as copy=NAME: kernels_cuda of another revision with its
 package renamed, for example by
@@ -117,7 +118,7 @@ def shape_named(name: str) -> MoEShape:
 
 def candidates(arguments: list[str], shape: MoEShape, num_tokens: int) -> list[tuple[str, object, Config]]:
     """Label, variant and config."""
-    options = dict(argument.split("=") for argument in arguments if "=" in argument and not argument.startswith(("c", "l")))
+    options = dict(argument.split("=") for argument in arguments if argument.startswith(("rows=", "in_flight=", "parts=")))
     found = []
     for package in (NEW, *(argument.removeprefix("copy=") for argument in arguments if argument.startswith("copy="))):
         variant = module(package).SM90Stream()
@@ -133,7 +134,7 @@ def candidates(arguments: list[str], shape: MoEShape, num_tokens: int) -> list[t
     ]
     found += [(f"rows {config['max_rows']}", new, config) for config in rows_that_are_near]
     for in_flight in options.get("in_flight", "").split(","):
-        if in_flight and num_tokens >= 64 and int(in_flight) < default["num_stages"]:
+        if in_flight and int(in_flight) < default["num_stages"]:
             found.append((f"in flight {in_flight}", new, Config(**{**dict(default), "num_in_flight": int(in_flight)})))
     for parts in options.get("parts", "").split(","):
         if parts and 4 <= num_tokens <= 128 and int(parts) != default["max_parts"]:
@@ -170,7 +171,7 @@ def time_cells(arguments: list[str]) -> None:
                     if "own_w2" not in arguments:
                         own.tiles, own.params.w2 = shared.tiles, shared.params.w2
                 own = prepared[variant.name]
-                aligned = [variant.align(own, batch, config) for batch in batches]
+                aligned = batches if "layer" in arguments else [variant.align(own, batch, config) for batch in batches]
                 calls = [
                     lambda batch=batch, variant=variant, own=own, config=config, out=out: variant.run(
                         own, batch, out, config
