@@ -1,6 +1,6 @@
-"""From the traces of `workbench compare`, beside published kernels: how far each bar is met, and the README's tables.
+"""From traces of `workbench compare` or `ship`, beside published kernels: how far each bar is met, and tables.
 
-    python experiments/2026-11-27_compare/summary.py <folder with traces.jsonl>
+    python experiments/2026-11-27_compare/summary.py <folder with traces.jsonl or h200_traces.jsonl.gz>
 
 *Ours* in a cell is the fastest CUDA variant and config that was verified, kernel scope. Peers are those of
 ../2026-11-23_first_comparison/peers.json. What is selected is worked out for the sources that made the traces, even if
@@ -10,9 +10,11 @@ they have changed since.
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import math
 import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from unittest import mock
@@ -79,6 +81,18 @@ class Measured:
 def us(one: Trace) -> float:
     assert one.timing is not None
     return one.timing.median_us
+
+
+def compared(folder: Path) -> list[Trace]:
+    """Those of layers and batches with a published figure."""
+    path = folder / "traces.jsonl"
+    with tempfile.TemporaryDirectory() as scratch:
+        if not path.exists():
+            path = Path(scratch) / path.name
+            path.write_bytes(gzip.decompress((folder / "h200_traces.jsonl.gz").read_bytes()))
+        traces = trace.read(path)
+    published = {(row["shape"], row["num_tokens"]) for row in PEERS["rows"]}
+    return [one for one in traces if (one.key.shape.name, one.key.num_tokens) in published]
 
 
 def measured(traces: list[Trace], routing: str) -> list[Measured]:
@@ -218,9 +232,9 @@ def print_errors(traces: list[Trace]) -> None:
 
 
 def main() -> None:
-    traces = trace.read(Path(sys.argv[1]) / "traces.jsonl")
+    traces = compared(Path(sys.argv[1]))
     if not traces:
-        sys.exit(f"{sys.argv[1]}: no traces")
+        sys.exit(f"{sys.argv[1]}: no traces of a layer and batch with a published figure")
     cells = measured(traces, UNIFORM)
     known = table_of(traces)
     print(f"{traces[-1].key.environment.device}; microseconds per call")

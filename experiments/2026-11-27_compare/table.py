@@ -1,5 +1,5 @@
-"""The README's tables and figures from the h200_traces.jsonl.gz of a folder, by default this one: what
-`workbench compare` benched under uniform routing.
+"""The README's tables and figures from the h200_traces.jsonl.gz of a folder, by default this one: what was benched
+under uniform routing where there is a published figure.
 
     PYTHONPATH=. python experiments/2026-11-27_compare/table.py [folder]
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PEERS = json.loads((HERE.parent / "2026-11-23_first_comparison" / "peers.json").read_text())["rows"]
-SHAPES = {(257, 128): "dsv3_tp16", (257, 256): "dsv3_tp8", (512, 128): "qwen3next_tp4"}
+SHAPES = {(257, 128, 7168): "dsv3_tp16", (257, 256, 7168): "dsv3_tp8", (512, 128, 2048): "qwen3next_tp4"}
 OURS = ("cuda.sm90_stream", "cuda.sm90_fused", "cuda.sm90_prefill")
 COLUMNS = {
     "cuda.sm90_stream": "stream",
@@ -37,8 +37,10 @@ def main() -> None:
             key = record["key"]
             if (record["job"], key["routing"]) != ("bench", "uniform"):
                 continue
-            shape = SHAPES[key["shape"]["num_experts"], key["shape"]["intermediate_size"]]
-            cell = shape, key["num_tokens"]
+            sizes = (key["shape"][name] for name in ("num_experts", "intermediate_size", "hidden_size"))
+            cell = SHAPES.get(tuple(sizes), ""), key["num_tokens"]
+            if cell not in peers:
+                continue
             us = record["timing"]["median_us"]
             if record["scope"] == "layer":
                 if key["variant"] in OURS:
@@ -54,11 +56,13 @@ def main() -> None:
         print(f"\n**{shape}**\n\n| {' | '.join(heads)} |\n|{' ---: |' * len(heads)}")
         for num_tokens in sorted(m for name, m in times if name == shape):
             best, floor, peer = times[shape, num_tokens], floors[shape, num_tokens], peers[shape, num_tokens]
-            ours = min(best[name] for name in OURS)
+            ours = min(best[name] for name in OURS if name in best)
             figures = " | ".join(f"{best[name]:.1f}" if name in best else "" for name in timed)
             print(f"| {num_tokens} | {floor:.1f} | {figures} | {ours / floor:.2f} | {peer:.1f} | {peer / ours:.2f} |")
             ratios.append(peer / ours)
-    beyond = {cell: (us - min(times[cell][name] for name in OURS), us) for cell, us in layers.items()}
+    beyond = {
+        cell: (us - min(times[cell][name] for name in OURS if name in times[cell]), us) for cell, us in layers.items()
+    }
     for least, most in ((1, 64), (65, 1024), (1025, 8192)):
         some = [each for (_, m), each in beyond.items() if least <= m <= most]
         shares = [more / (us - more) for more, us in some]

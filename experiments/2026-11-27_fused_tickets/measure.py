@@ -118,7 +118,8 @@ def shape_named(name: str) -> MoEShape:
 
 def candidates(arguments: list[str], shape: MoEShape, num_tokens: int) -> list[tuple[str, object, Config]]:
     """Label, variant and config."""
-    options = dict(argument.split("=") for argument in arguments if argument.startswith(("rows=", "in_flight=", "parts=")))
+    kinds = ("rows=", "in_flight=", "parts=")
+    options = dict(argument.split("=") for argument in arguments if argument.startswith(kinds))
     found = []
     for package in (NEW, *(argument.removeprefix("copy=") for argument in arguments if argument.startswith("copy="))):
         variant = module(package).SM90Stream()
