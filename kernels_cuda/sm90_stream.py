@@ -274,9 +274,9 @@ def default_max_rows(shape: MoEShape, num_tokens: int) -> int:
     """The least height that holds the rows of most routed experts, their mean and 1.9 standard deviations, times what
     skew is worth.
 
-    Under a law that is not uniform a few experts have many rows, and what is read once for each tile of theirs takes as
-    long as all else. A kernel for tall tiles is some 2 us slower on low ones, which is little where experts are large, if
-    they are so many that skew is to be expected (experiments/2026-11-28_heights).
+    Under a law that is not uniform a few experts have many rows, and their weights are read once for each tile. A
+    kernel for tall tiles is some 2 us slower on low ones, which is little where experts are large; and only where there
+    are many experts is skew to be expected (experiments/2026-11-28_heights).
     """
     rows = shape.expected_rows(num_tokens)
     wanted = (rows + 1.9 * math.sqrt(max(rows - 1.0, 0.0))) * _skew(shape)

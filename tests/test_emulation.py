@@ -201,7 +201,7 @@ def test_prologue_groups_quantises_and_fills(num_tokens, top_k, num_experts, max
 
         expert_of = torch.cat([topk_ids.flatten(), torch.tensor([num_experts])])
         expected = tile_rows(topk_ids, max_rows, num_experts)
-        num_tiles, num_rows = expected.tiles[0, :2].tolist()
+        num_rows = int(expected.tiles[0, 1])
         assert torch.equal(tiled.tiles, expected.tiles)
         choices, expected_choices = tiled.sorted_choices[:num_rows], expected.sorted_choices[:num_rows]
         assert torch.equal(expert_of[choices], expert_of[expected_choices])
