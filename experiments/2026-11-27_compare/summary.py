@@ -1,6 +1,6 @@
 """From traces of `workbench compare` or `ship`, beside published kernels: how far each bar is met, and tables.
 
-    python experiments/2026-11-27_compare/summary.py <folder with traces.jsonl or h200_traces.jsonl.gz>
+    PYTHONPATH=. python experiments/2026-11-27_compare/summary.py <folder with traces.jsonl or h200_traces.jsonl.gz>
 
 *Ours* in a cell is the fastest CUDA variant and config that was verified, kernel scope. Peers are those of
 ../2026-11-23_first_comparison/peers.json. What is selected is worked out for the sources that made the traces, even if
@@ -10,18 +10,17 @@ they have changed since.
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import json
 import math
 import sys
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from unittest import mock
 
 import torch
 
-from workbench import registry, select, table, trace
+from experiments.traces import read
+from workbench import registry, select, table
 from workbench.problem import MoEShape
 from workbench.table import Cell, Table
 from workbench.trace import Status, Trace
@@ -85,12 +84,8 @@ def us(one: Trace) -> float:
 
 def compared(folder: Path) -> list[Trace]:
     """Those of layers and batches with a published figure."""
-    path = folder / "traces.jsonl"
-    with tempfile.TemporaryDirectory() as scratch:
-        if not path.exists():
-            path = Path(scratch) / path.name
-            path.write_bytes(gzip.decompress((folder / "h200_traces.jsonl.gz").read_bytes()))
-        traces = trace.read(path)
+    plain = folder / "traces.jsonl"
+    traces = read(plain if plain.exists() else folder / "h200_traces.jsonl.gz")
     published = {(row["shape"], row["num_tokens"]) for row in PEERS["rows"]}
     return [one for one in traces if (one.key.shape.name, one.key.num_tokens) in published]
 

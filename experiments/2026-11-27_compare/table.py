@@ -49,6 +49,7 @@ def main() -> None:
             floors[cell] = record["floor_us"]
             best = times.setdefault(cell, {})
             best[key["variant"]] = min(best.get(key["variant"], math.inf), us)
+    fastest = {cell: min(best[name] for name in OURS if name in best) for cell, best in times.items()}
     ratios = []
     timed = [name for name in COLUMNS if any(name in best for best in times.values())]
     heads = ["M", "floor", *(COLUMNS[name] for name in timed), "best of floor", "best published", "times faster"]
@@ -56,13 +57,11 @@ def main() -> None:
         print(f"\n**{shape}**\n\n| {' | '.join(heads)} |\n|{' ---: |' * len(heads)}")
         for num_tokens in sorted(m for name, m in times if name == shape):
             best, floor, peer = times[shape, num_tokens], floors[shape, num_tokens], peers[shape, num_tokens]
-            ours = min(best[name] for name in OURS if name in best)
+            ours = fastest[shape, num_tokens]
             figures = " | ".join(f"{best[name]:.1f}" if name in best else "" for name in timed)
             print(f"| {num_tokens} | {floor:.1f} | {figures} | {ours / floor:.2f} | {peer:.1f} | {peer / ours:.2f} |")
             ratios.append(peer / ours)
-    beyond = {
-        cell: (us - min(times[cell][name] for name in OURS if name in times[cell]), us) for cell, us in layers.items()
-    }
+    beyond = {cell: (us - fastest[cell], us) for cell, us in layers.items()}
     for least, most in ((1, 64), (65, 1024), (1025, 8192)):
         some = [each for (_, m), each in beyond.items() if least <= m <= most]
         shares = [more / (us - more) for more, us in some]

@@ -147,7 +147,7 @@ def run_case(case: Case, device: torch.device) -> tuple[int, float]:
             if not passed(accuracy):
                 sys.exit(f"WRONG {variant.name} {case} {config}: {accuracy}")
             errors.append(accuracy.rel_err)
-    return len(errors), max(errors, default=0.0)
+    return len(errors), max(errors)
 
 
 def run_routing(num_choices: int, device: torch.device) -> None:

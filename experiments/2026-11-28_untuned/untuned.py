@@ -9,8 +9,6 @@ routing.
 
 from __future__ import annotations
 
-import gzip
-import json
 import logging
 import sys
 from collections.abc import Iterable
@@ -20,11 +18,12 @@ from unittest import mock
 
 import torch
 
+from experiments.traces import read
 from kernels_cuda import sm90
 from workbench import registry, select
 from workbench.problem import MoEShape
 from workbench.table import Cell, Table
-from workbench.trace import Environment, Scope, Status, Trace, from_json
+from workbench.trace import Environment, Scope, Status, Trace
 from workbench.variant import Config, Support
 
 BAR = 0.9
@@ -67,11 +66,6 @@ class Measured:
 def us(one: Trace) -> float:
     assert one.timing is not None
     return one.timing.median_us
-
-
-def read(paths: Iterable[Path]) -> list[Trace]:
-    texts = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes() for path in paths)
-    return [from_json(json.loads(line)) for text in texts for line in text.splitlines()]
 
 
 def measured(traces: Iterable[Trace]) -> list[Measured]:
@@ -145,7 +139,7 @@ def number(value: float | None, digits: int = 1) -> str:
 
 def main() -> None:
     select.logger.setLevel(logging.ERROR)  # every cell is a miss
-    cells = measured(read(map(Path, sys.argv[1:])))
+    cells = measured(one for path in sys.argv[1:] for one in read(Path(path)))
     if not cells:
         sys.exit("expected traces with benches under uniform routing")
     print_choices(cells)
