@@ -1,6 +1,6 @@
-"""torch.loop: one expert after the other, on fp32 values dequantised on the spot.
+"""torch.loop: some experts after the others, on fp32 values dequantised on the spot.
 
-The simplest implementation: any shape in any form, any device, no memory beyond one dequantised expert. It asks the
+The simplest implementation: any shape in any form, any device, no memory beyond those dequantised experts. It asks the
 device which experts were hit, so it cannot be captured in a CUDA graph. See grouped.py for what is gained by asking
 nothing.
 """

@@ -4,8 +4,9 @@
              gate = W13gate[e] . x[m] + b13gate[e],  up = W13up[e] . x[m] + b13up[e]
 
 All products are of dequantised values and all sums in `dtype`; Q rounds each 128-wide group of each row to e4m3, or
-each row as a whole. Most layers have no biases and the plain SwiGLU, silu(gate) * up. Expert by expert, so that only
-one expert's weights exist dequantised, and in bounded runs of its tokens. A choice of expert -1 contributes nothing.
+each row as a whole. Most layers have no biases and the plain SwiGLU, silu(gate) * up. Some experts at a time, with
+about as many tokens each, so that little exists dequantised and little is padded. A choice of expert -1 contributes
+nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import torch
 
 from reference.quant import ActivationScales, dequantise_activations, dequantise_w13, dequantise_weights, quantise_as
 
-TOKENS_AT_ONCE = 8192
+ROWS_AT_ONCE = 8192
+WEIGHTS_AT_ONCE = {"cpu": 2**22, "cuda": 2**26}
+"""Values of w13: what caches hold, or enough for a GPU to be busy."""
 
 
 def swiglu(
@@ -63,30 +66,54 @@ def moe(
     is how Q quantises.
     """
 
-    def expert_output(x: torch.Tensor, expert: int, w13: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
-        """x [T, H], w13 [2I, H], w2 [H, I] -> [T, H]."""
-        up_projection = x @ w13.T
+    def outputs(x: torch.Tensor, experts: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
+        """x [G, T, H] of `experts` [G], w13 [G, 2I, H], w2 [G, H, I] -> [G, T, H]."""
+        up_projection = x @ w13.mT
         if w13_bias is not None:
-            up_projection += w13_bias[expert].to(dtype)
-        gate, up = up_projection.chunk(2, dim=1)  # [T, I] each
-        activated = quantise_as(swiglu(gate, up, swiglu_limit, swiglu_alpha, swiglu_beta), activation_scales)
-        rows = dequantise_activations(*activated, dtype) @ w2.T
-        return rows if w2_bias is None else rows + w2_bias[expert].to(dtype)
+            up_projection += w13_bias[experts, None].to(dtype)
+        gate, up = up_projection.chunk(2, dim=-1)  # [G, T, I] each
+        values = swiglu(gate, up, swiglu_limit, swiglu_alpha, swiglu_beta)
+        activated = quantise_as(values.flatten(0, 1), activation_scales)
+        rows = dequantise_activations(*activated, dtype).view_as(values) @ w2.mT
+        return rows if w2_bias is None else rows + w2_bias[experts, None].to(dtype)
 
     x = dequantise_activations(x_q, x_scale, dtype)
     out = torch.zeros_like(x)
+    order = topk_ids.flatten().argsort(stable=True)  # an expert's choices lie behind each other
+    weights = topk_weights.flatten().to(dtype)
     with _true_fp32_products():
-        for expert in topk_ids.unique().tolist():
-            if expert == -1:
-                continue
-            expert_w13 = dequantise_w13(w13[expert], w13_scale[expert], dtype)
-            expert_w2 = dequantise_weights(w2[expert], w2_scale[expert], dtype)
-            tokens, slots = (topk_ids == expert).nonzero(as_tuple=True)
-            for some in torch.arange(len(tokens), device=tokens.device).split(TOKENS_AT_ONCE):
-                token, slot = tokens[some], slots[some]
-                weight = topk_weights[token, slot].to(dtype).unsqueeze(1)
-                out.index_add_(0, token, weight * expert_output(x[token], expert, expert_w13, expert_w2))
+        for experts, first, count in _groups(topk_ids, w13.shape[1] * w13.shape[2]):
+            group_w13 = dequantise_w13(_of(w13, experts), w13_scale[experts], dtype)
+            group_w2 = dequantise_weights(_of(w2, experts), w2_scale[experts], dtype)
+            for rows in torch.arange(int(count.max()), device=x.device).split(ROWS_AT_ONCE // len(experts)):
+                is_choice = rows < count[:, None]  # [G, T]; the other rows are any
+                choice = order[torch.where(is_choice, first[:, None] + rows, 0)]
+                token = choice // topk_ids.shape[1]
+                rows_out = weights[choice].unsqueeze(-1) * outputs(x[token], experts, group_w13, group_w2)
+                out.index_add_(0, token[is_choice], rows_out[is_choice])
     return out.mul_(routed_scaling_factor)
+
+
+def _of(weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+    """weights[experts], which not every release of torch has for e4m3."""
+    return weights.view(torch.uint8)[experts].view(weights.dtype)
+
+
+def _groups(topk_ids: torch.Tensor, expert_values: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Experts with about as many choices; where those begin among the sorted ones; how many they are. [G] each."""
+    ids, counts = topk_ids.flatten().sort().values.unique_consecutive(return_counts=True)
+    begins = counts.cumsum(0) - counts
+    by_count = counts.argsort(descending=True)
+    by_count = by_count[ids[by_count] >= 0]
+    ids, counts, begins = ids[by_count], counts[by_count], begins[by_count]
+    sizes = counts.tolist()
+    start = 0
+    while start < len(sizes):
+        at_most = min(WEIGHTS_AT_ONCE[ids.device.type] // expert_values, ROWS_AT_ONCE // sizes[start])
+        alike = sum(2 * size >= sizes[start] for size in sizes[start : start + at_most])
+        group = slice(start, start + max(alike, 1))
+        yield ids[group], begins[group], counts[group]
+        start = group.stop
 
 
 def moe_from_bf16(

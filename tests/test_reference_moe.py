@@ -248,11 +248,13 @@ def test_a_repeated_expert_counts_as_often_as_it_is_chosen() -> None:
     assert relative_difference(twice, once) < 1e-6
 
 
-def test_more_tokens_than_are_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("rows", "values"), [(4, 2**26), (8192, 1), (4, 1), (40, 2 * 256 * 128)])
+def test_more_tokens_or_experts_than_are_taken_at_once(monkeypatch: pytest.MonkeyPatch, rows: int, values: int) -> None:
     weights, x = small_layer(), torch.randn(23, 128).bfloat16()
     topk_weights, topk_ids = torch.rand(23, 2), torch.randint(-1, 3, (23, 2), dtype=torch.int32)
     at_once = moe_from_bf16(x, *weights, topk_weights, topk_ids)
-    monkeypatch.setattr("reference.moe.TOKENS_AT_ONCE", 4)
+    monkeypatch.setattr("reference.moe.ROWS_AT_ONCE", rows)
+    monkeypatch.setattr("reference.moe.WEIGHTS_AT_ONCE", {"cpu": values})
     in_parts = moe_from_bf16(x, *weights, topk_weights, topk_ids)
     assert relative_difference(in_parts, at_once) < 1e-3  # a value on a rounding boundary may move
 
