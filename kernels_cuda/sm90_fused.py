@@ -284,7 +284,7 @@ class SM90Fused(Variant):
         return cuda_compile.variant_sources(modules, (KERNEL, sm90_prologue.KERNEL))
 
     def compile(self, shape: MoEShape, configs: Iterable[Config]) -> list[CompileReport]:
-        reports = [sm90_prologue.compiled().report(Config(), 0)]
+        reports = [cubin.report(Config(), 0) for cubin in sm90_prologue.compiled_forms()]
         for config in configs:
             cubin, num_bytes = _compile(config)
             reports.append(cubin.report(config, num_bytes))

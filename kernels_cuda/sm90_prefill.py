@@ -374,7 +374,7 @@ class SM90Prefill(Variant):
         return cuda_compile.variant_sources(modules, (UP, DOWN, DOWN_WIDE, *others))
 
     def compile(self, shape: MoEShape, configs: Iterable[Config]) -> list[CompileReport]:
-        others = (sm90_prologue.compiled(), sm90_fill.compiled(), sm90_combine.compiled())
+        others = (*sm90_prologue.compiled_forms(), sm90_fill.compiled(), sm90_combine.compiled())
         reports = [cubin.report(Config(), 0) for cubin in others]
         for config in configs:
             for compile_one in (_compile_up, _compile_down):

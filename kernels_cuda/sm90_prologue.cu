@@ -1,6 +1,7 @@
 // Everything a fused kernel needs before it can start, in one launch: the first CTAs group the choices by expert, the
 // others quantise the tokens, zero the output and fill a scratch area with ones. Each part is left out when it has
-// nothing to do.
+// nothing to do. Compiled without the first, it takes so few registers and no shared memory that the CTAs of the next
+// kernel start beside its own.
 //
 // Grouping is a counting sort in shared memory, by one CTA for few choices and by clusters for many. In decode, where the
 // next kernel waits for it, a choice keeps its rank from the count, and one sum numbers slots and tiles. The CTAs of a
@@ -13,11 +14,13 @@
 // (after Markstein, 1990; his theorem asks for a little more than holds here, and so tests/test_sm90_prologue.py goes
 // through all pairs of mantissas).
 //
-// Set by the compiler's command line: PARAMS_BYTES, the size of what the launcher passes.
+// Set by the compiler's command line: GROUPS, whether it groups choices, and PARAMS_BYTES, the size of what the launcher
+// passes.
 #include "activation.cuh"
 #include "cluster.cuh"
 #include "numeric.cuh"
 
+constexpr bool kGroups = GROUPS;
 constexpr uint32_t kNumThreads = 512;
 constexpr uint32_t kNumWarps = kNumThreads / 32;
 constexpr uint32_t kLargeCluster = 8;
@@ -26,7 +29,7 @@ constexpr uint32_t kMaxExperts = kExpertsPerThread * kNumThreads;
 constexpr uint32_t kRowStep = 8;          // tiles differ in height by multiples of this
 constexpr uint32_t kMaxHeights = 64;      // two for each lane
 constexpr uint32_t kChoicesInFlight = 8;  // loads ahead of the first use, per thread
-constexpr uint32_t kGroupsInFlight = 2;
+constexpr uint32_t kGroupsInFlight = kGroups ? 2 : 1;
 constexpr uint32_t kFewPerThread = 2;     // choices of a small batch
 
 struct Params {
@@ -417,23 +420,27 @@ __device__ __forceinline__ void fill(uint4* area, uint64_t num_vectors, uint32_t
         area[vector] = make_uint4(word, word, word, word);
 }
 
-extern "C" __global__ void __launch_bounds__(kNumThreads, 2) sm90_prologue(const __grid_constant__ Params p) {
-    __shared__ SharedStorage shared;
+// By all routing CTAs.
+__device__ __forceinline__ void group_choices(const Params& p, SharedStorage& shared) {
+    const bool is_few = p.tiles != nullptr && p.num_choices <= kFewPerThread * kNumThreads;
+    if (is_few && p.max_rows == kRowStep)
+        route_few<kRowStep>(p, shared);
+    else if (is_few && p.max_rows == 2 * kRowStep)
+        route_few<2 * kRowStep>(p, shared);
+    else if (p.cluster_size == 1)
+        route<1>(p, shared);
+    else
+        route<kLargeCluster>(p, shared);
+}
+
+extern "C" __global__ void __launch_bounds__(kNumThreads, kGroups ? 2 : 4) sm90_prologue(const __grid_constant__ Params p) {
     grid_dependency::launch_dependents();
-    if (blockIdx.x < p.num_routing_ctas) {
-        const bool is_few = p.tiles != nullptr && p.num_choices <= kFewPerThread * kNumThreads;
-        if (is_few && p.max_rows == kRowStep)
-            route_few<kRowStep>(p, shared);
-        else if (is_few && p.max_rows == 2 * kRowStep)
-            route_few<2 * kRowStep>(p, shared);
-        else if (p.cluster_size == 1)
-            route<1>(p, shared);
-        else
-            route<kLargeCluster>(p, shared);
-        return;
+    if constexpr (kGroups) {
+        __shared__ SharedStorage shared;
+        if (blockIdx.x < p.num_routing_ctas) return group_choices(p, shared);
     }
     const uint32_t cta = blockIdx.x - p.num_routing_ctas, num_ctas = gridDim.x - p.num_routing_ctas;
     fill(p.out, p.num_out_vectors, 0u, cta, num_ctas);
     fill(p.poison, p.num_poison_vectors, ~0u, cta, num_ctas);
-    quantise(p, cta, num_ctas);
+    quantise(p, kGroups ? cta : num_ctas - 1 - cta, num_ctas);  // of few CTAs the last have least to fill
 }

@@ -23,6 +23,7 @@ MAX_TILE_ROWS = 504
 GROUPS_PER_CTA = NUM_THREADS // 8
 VECTOR_BYTES = 16
 LARGE_CLUSTER = 8
+CTAS_OF_SM_WITHOUT_GROUPS = 4
 Form = Literal["tiles", "blocks"]
 """Of grouped choices: TiledRouting's or AlignedRouting's."""
 LARGE_CLUSTER_CHOICES: dict[Form, int] = {"tiles": 2048, "blocks": 256}
@@ -57,20 +58,26 @@ class _Params(ctypes.Structure):
     )
 
 
-def compiled() -> Cubin:
-    """The kernel, compiled."""
-    return compile_kernel(KERNEL, {"PARAMS_BYTES": ctypes.sizeof(_Params)})
+def compiled(groups: bool) -> Cubin:
+    """The kernel, compiled: with all its parts, or without the one that groups choices."""
+    return compile_kernel(KERNEL, {"GROUPS": int(groups), "PARAMS_BYTES": ctypes.sizeof(_Params)})
+
+
+def compiled_forms() -> tuple[Cubin, Cubin]:
+    """Both, the whole one first."""
+    return compiled(True), compiled(False)
 
 
 @functools.cache
-def _kernel(cluster_size: int, device: torch.device) -> Kernel:
-    return load(compiled(), NUM_THREADS, cluster_size, dynamic_smem_bytes=0, device=device)
+def _kernel(cluster_size: int, device: torch.device, groups: bool) -> Kernel:
+    return load(compiled(groups), NUM_THREADS, cluster_size, dynamic_smem_bytes=0, device=device)
 
 
 def warm(device: torch.device) -> None:
     """Compile and load, which must not happen while a CUDA graph is captured."""
     for cluster_size in (1, LARGE_CLUSTER):
-        _kernel(cluster_size, device)
+        _kernel(cluster_size, device, groups=True)
+    _kernel(1, device, groups=False)
 
 
 def block_parts(num_choices: int, num_experts: int, block_m: int) -> dict[str, int]:
@@ -130,6 +137,7 @@ def bind(
     max_rows: int = 0,
     num_poison_bytes: int = 0,
     power_of_two_scales: bool = False,
+    leaves_room: bool = False,
 ) -> Launch:
     """Any of, in one launch whose addresses the caller fills in:
 
@@ -142,6 +150,8 @@ def bind(
                         `num_tokens_post_padded`); an id outside 0..num_experts-1 is left out; the order of an expert's
                         choices is not fixed
     num_poison_bytes    set every bit of `poison`, memory of a multiple of 16 bytes
+    leaves_room         with one CTA on an SM that leaves room for one of the next kernel, which may then start at once:
+                        of small batches, without num_choices
     """
     params = _Params(
         num_out_vectors=num_out_bytes // VECTOR_BYTES,
@@ -159,8 +169,10 @@ def bind(
     num_vectors = max(params.num_out_vectors, params.num_poison_vectors)
     num_working_ctas = max(-(-params.num_groups // GROUPS_PER_CTA), -(-num_vectors // NUM_THREADS))
 
-    kernel = _kernel(cluster_size, device)
+    kernel = _kernel(cluster_size, device, groups=not leaves_room)
     num_resident = max(kernel.max_clusters * cluster_size - num_routing_ctas, cluster_size)
+    if leaves_room:
+        num_resident //= CTAS_OF_SM_WITHOUT_GROUPS
     num_rounds = -(-num_working_ctas // num_resident)
     if num_rounds:
         num_working_ctas = -(-num_working_ctas // num_rounds)  # the same number of rounds for each

@@ -19,6 +19,9 @@
 // the SM. These tickets lie between the up phase and the down phase of the other tiles, whose sums and activations meet
 // meanwhile and whose small pieces even out the end.
 //
+// Of a small batch a CTA may take the choices as they are and work out the tiles for itself (ROUTES, stream_routing.cuh): it
+// reads weights while the kernel before quantises the tokens.
+//
 // Where there are only a few jobs no tickets are needed: a CTA has at most one piece of each phase, and computes the
 // activations of its own tile itself, which saves the second meeting.
 //
@@ -30,7 +33,8 @@
 // dsv3_tp8 M=64 268 (0.99), M=256 315 (1.01); qwen3next_tp4 M=16 32 (1.25), M=256 92 (1.03): experiments/2026-11-28_shipped;
 // 2026-11-28_additions and 2026-11-28_heights say what holds it.
 //
-// A call of a few microseconds fetches its code from memory as it goes: what a kernel does not need is left out of it.
+// Code of more than some 70 KB costs 2 to 4 us a call, whether it runs or not (experiments/2026-11-28_code_size): what a kernel
+// does not need is left out of it.
 //
 // With up to 16 rows gate and up are multiplied in f16 (mma.cuh), for the sake of the error: 0.0053 -> 0.0042 typical, and
 // 0.0090 -> 0.0051 at most over many batches. It costs up to 1 % for M from 8 to 256 and nothing that the benches show at
@@ -40,22 +44,32 @@
 //
 // Set by the compiler's command line: MAX_ROWS (8, 16, 24, 32, 48, 64), HIDDEN_SIZE, NUM_CHUNKS (intermediate size / 128),
 // MAX_PARTS (most pieces of a job), NUM_STAGES, NUM_IN_FLIGHT (stages whose loads may be under way), NUM_BUFFERS (pieces of
-// the down phase whose activations may be), NUM_CTAS (all resident at a time), DETERMINISTIC, and what the launcher passes:
-// SMEM_BYTES of shared memory and PARAMS_BYTES of parameters.
+// the down phase whose activations may be), TABLE_TILES (tiles of which a CTA keeps its own copy), NUM_CTAS (all resident at a time), DETERMINISTIC, ROUTES (the batch is small, and
+// CTAs take its choices as they are), and what the launcher passes: SMEM_BYTES of shared memory and PARAMS_BYTES of parameters.
 #include "cluster.cuh"
 #include "registers.cuh"
 #include "stream_load.cuh"
 #include "stream_math.cuh"
+#include "stream_routing.cuh"
 
 extern "C" __global__ void __launch_bounds__(kThreadsToFit, 1) sm90_stream(const __grid_constant__ Params p) {
     extern __shared__ __align__(1024) uint8_t shared_bytes[];
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(shared_bytes);
 
-    if (p.inputs_from_previous_kernel) grid_dependency::wait();
     WeightLoader loader(p, shared);
     const uint32_t thread = threadIdx.x;
-    if (thread / 32 == kNumMathWarps) loader.start();
-    if (thread < kNumMathThreads) copy_table(p, shared);  // the loader's warp would wait behind its weights
+    const bool is_loader = thread / 32 == kNumMathWarps;
+    if constexpr (kRoutes) {
+        if (is_loader && elect_one()) loader.init_barriers();
+        Routing routing(p, shared);
+        routing.list_tiles();
+        if (is_loader) loader.start();
+        routing.place();
+    } else {
+        if (p.inputs_from_previous_kernel) grid_dependency::wait();
+        if (is_loader) loader.start();
+        if (thread < kNumMathThreads) copy_table(p, shared);  // the loader's warp would wait behind its weights
+    }
     __syncthreads();
     if (shared.num_tiles == 0) return;
 

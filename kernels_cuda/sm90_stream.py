@@ -1,5 +1,5 @@
 """`cuda.sm90_stream`: decode and middle batches as one even stream of weights over all SMs (sm90_stream.cu), behind one
-small launch that routes, quantises, zeroes `out` and marks the exchange as unwritten.
+small launch that quantises, zeroes `out`, marks the exchange as unwritten and, unless the batch is small, routes.
 
 `prepare` re-lays the weights as tiles of 32 KB (weight_tiles.py), which the memory delivers 9 % faster.
 """
@@ -34,7 +34,9 @@ STAGE_BYTES = 2 * 128 * 128
 MAX_STAGES = 6
 FEWEST_BUFFERS = 2
 MAX_ROWS = (8, 16, 24, 32, 48, 64)
-TABLE_TILES = 512  # of which a CTA keeps its own copy
+MOST_OWN_CHOICES = 4 * (NUM_THREADS - 32)  # of a batch of which each CTA works out the tiles itself
+FEWEST_TABLE_TILES, MOST_TABLE_TILES = 512, 1024  # of which a CTA keeps its own copy
+TILE_BYTES, CHOICE_BYTES = 8, 2
 QUEUE_SIZE = 8  # pieces of work that a CTA has taken
 SUMS_ROW_BYTES = 1024
 FLAGGED_PARTS = 4  # with so many parts of a job at most, a flag follows its sums: there are too many of them to mark
@@ -53,6 +55,7 @@ class _Params(ctypes.Structure):
         ("w13_scale", ctypes.c_uint64),
         ("w2_scale", ctypes.c_uint64),
         ("sorted_choices", ctypes.c_uint64),
+        ("topk_ids", ctypes.c_uint64),
         ("tiles", ctypes.c_uint64),
         ("topk_weights", ctypes.c_uint64),
         ("sums", ctypes.c_uint64),
@@ -65,11 +68,19 @@ class _Params(ctypes.Structure):
         ("routed_scaling_factor", ctypes.c_float),
         ("top_k", ctypes.c_uint32),
         ("tile_capacity", ctypes.c_uint32),
+        ("num_experts", ctypes.c_uint32),
+        ("num_choices", ctypes.c_uint32),
         ("inputs_from_previous_kernel", ctypes.c_uint32),
     )
 
 
-def smem_bytes(shape: MoEShape, max_rows: int, num_stages: int, num_buffers: int = FEWEST_BUFFERS) -> int:
+def smem_bytes(
+    shape: MoEShape,
+    max_rows: int,
+    num_stages: int,
+    num_buffers: int = FEWEST_BUFFERS,
+    num_tiles: int = FEWEST_TABLE_TILES,
+) -> int:
     """Size of the kernel's SharedStorage, from above."""
     num_chunks = scale_blocks(shape.intermediate_size)
     stages = num_stages * (STAGE_BYTES + 16)  # weights, two barriers
@@ -77,13 +88,20 @@ def smem_bytes(shape: MoEShape, max_rows: int, num_stages: int, num_buffers: int
     down_scales = num_buffers * 4 * num_chunks * shape.hidden_size // GROUP_SIZE
     activation = (num_buffers * num_chunks + 1) * max_rows * (128 + 4)
     rows = max_rows * 4 * (3 + 2 * num_buffers + 8 + QUEUE_SIZE)
-    return -(-(stages + activation + 8 * TABLE_TILES + rows + down_scales + 640) // 1024) * 1024
+    return -(-(stages + activation + TILE_BYTES * num_tiles + rows + down_scales + 640) // 1024) * 1024
 
 
 def most_buffers(shape: MoEShape, max_rows: int, num_stages: int) -> int:
     """Of how many pieces of the down phase activations may be on their way to a CTA at a time: one for each gather warp
     where that takes no stage from the ring."""
     return FEWEST_BUFFERS + (smem_bytes(shape, max_rows, num_stages, FEWEST_BUFFERS + 1) <= SMEM_BYTES)
+
+
+def table_tiles(shape: MoEShape, max_rows: int, num_stages: int) -> int:
+    """Of how many tiles a CTA keeps its own copy: more where that takes neither a stage nor a buffer."""
+    num_buffers = most_buffers(shape, max_rows, num_stages)
+    fits = smem_bytes(shape, max_rows, num_stages, num_buffers, MOST_TABLE_TILES) <= SMEM_BYTES
+    return MOST_TABLE_TILES if fits else FEWEST_TABLE_TILES
 
 
 def token_stages(max_rows: int, num_stages: int) -> int:
@@ -96,10 +114,11 @@ def most_stages(shape: MoEShape, max_rows: int) -> int:
     return next((n for n in range(MAX_STAGES, 1, -1) if smem_bytes(shape, max_rows, n) <= SMEM_BYTES), 0)
 
 
-def _compile(config: Config, shape: MoEShape, num_ctas: int, deterministic: bool) -> tuple[Cubin, int]:
+def _compile(config: Config, shape: MoEShape, num_ctas: int, deterministic: bool, routes: bool) -> tuple[Cubin, int]:
     max_rows, num_stages = config.integer("max_rows"), config.integer("num_stages")
     num_buffers = most_buffers(shape, max_rows, num_stages)
-    num_bytes = smem_bytes(shape, max_rows, num_stages, num_buffers)
+    num_tiles = table_tiles(shape, max_rows, num_stages)
+    num_bytes = smem_bytes(shape, max_rows, num_stages, num_buffers, num_tiles)
     defines = {
         "MAX_ROWS": max_rows,
         "HIDDEN_SIZE": shape.hidden_size,
@@ -108,8 +127,10 @@ def _compile(config: Config, shape: MoEShape, num_ctas: int, deterministic: bool
         "NUM_STAGES": num_stages,
         "NUM_IN_FLIGHT": config.integer("num_in_flight"),
         "NUM_BUFFERS": num_buffers,
+        "TABLE_TILES": num_tiles,
         "NUM_CTAS": num_ctas,
         "DETERMINISTIC": int(deterministic),
+        "ROUTES": int(routes),
         "SMEM_BYTES": num_bytes,
         "PARAMS_BYTES": ctypes.sizeof(_Params),
     }
@@ -126,16 +147,17 @@ class Prepared:
     params: _Params
     num_ctas: int
     deterministic: bool
-    kernels: dict[Config, Kernel] = field(default_factory=dict)
+    kernels: dict[tuple[Config, bool], Kernel] = field(default_factory=dict)
     calls: ReadyCalls = field(default_factory=ReadyCalls)
 
-    def kernel(self, config: Config) -> Kernel:
-        """The kernel of `config`, compiled and loaded on first use, which must come before a graph is captured."""
-        kernel = self.kernels.get(config)
+    def kernel(self, config: Config, routes: bool) -> Kernel:
+        """The kernel of `config` that takes tiles, or that `routes`, compiled and loaded on first use, which must come
+        before a graph is captured."""
+        kernel = self.kernels.get((config, routes))
         if kernel is None:
-            cubin, num_bytes = _compile(config, self.weights.shape, self.num_ctas, self.deterministic)
+            cubin, num_bytes = _compile(config, self.weights.shape, self.num_ctas, self.deterministic, routes)
             kernel = load(cubin, NUM_THREADS, 1, num_bytes, self.weights.device, all_resident=True)
-            self.kernels[config] = kernel
+            self.kernels[config, routes] = kernel
         return kernel
 
 
@@ -170,7 +192,7 @@ class SM90Stream(Variant):
                 max_rows=max_rows,
                 max_parts=DETERMINISTIC_PARTS if self.deterministic else default_max_parts(shape, num_tokens),
                 num_stages=num_stages,
-                num_in_flight=2 if num_tokens <= 4 else 3,
+                num_in_flight=2,
             )
 
     def prepare(self, weights: MoEWeights) -> Prepared:
@@ -182,6 +204,7 @@ class SM90Stream(Variant):
             w2_scale=weights.w2_scale.data_ptr(),
             form=activation_form.activation_form(weights.shape),
             top_k=weights.shape.top_k,
+            num_experts=weights.shape.num_experts,
         )
         sm90_prologue.warm(weights.device)
         sm90_fill.warm(weights.device)
@@ -200,9 +223,10 @@ class SM90Stream(Variant):
         key = num_tokens, given, config
         call = prepared.calls.take(key) or _make_call(prepared, key)
         first, stream, *combine = call.params
-        tiled_inputs.write_addresses(given, inputs, first, stream)
+        routes = bool(stream.num_choices)
+        tiled_inputs.write_addresses(given, inputs, first, stream, routes=routes)
         address = out.data_ptr()
-        if given == "tiled":
+        if given == "tiled" or (given == "quantised" and routes):  # all that it does is to fill
             first.zeros = address
         else:
             first.out = address
@@ -218,11 +242,12 @@ class SM90Stream(Variant):
         return cuda_compile.variant_sources(modules, (KERNEL, *others))
 
     def compile(self, shape: MoEShape, configs: Iterable[Config]) -> list[CompileReport]:
-        others = (sm90_prologue.compiled(), sm90_fill.compiled(), sm90_combine.compiled())
+        others = (*sm90_prologue.compiled_forms(), sm90_fill.compiled(), sm90_combine.compiled())
         reports = [cubin.report(Config(), 0) for cubin in others]
         for config in configs:
-            cubin, num_bytes = _compile(config, shape, NUM_SMS, self.deterministic)
-            reports.append(cubin.report(config, num_bytes))
+            for routes in (False, True):
+                cubin, num_bytes = _compile(config, shape, NUM_SMS, self.deterministic, routes)
+                reports.append(cubin.report(config, num_bytes))
         return reports
 
 
@@ -241,11 +266,25 @@ def _make_call(prepared: Prepared, key: tiled_inputs.Key) -> Call:
     shape, max_rows = prepared.weights.shape, config.integer("max_rows")
     num_choices, num_chunks = num_tokens * shape.top_k, scale_blocks(shape.intermediate_size)
     params = _Params.from_buffer_copy(prepared.params)
-    params.inputs_from_previous_kernel = given != "tiled"
+    routes = given != "tiled" and works_out_tiles(shape, num_tokens, config)
+    params.inputs_from_previous_kernel = given == "tokens" or (given == "quantised" and not routes)
+    params.num_choices = num_choices if routes else 0
     params.tile_capacity = tile_capacity(num_choices, max_rows, shape.num_experts)
-    stream = prepared.kernel(config).bind(params, prepared.num_ctas, overlap_previous=True)
+    stream = prepared.kernel(config, routes).bind(params, prepared.num_ctas, overlap_previous=True)
     marked, others = exchange(num_choices, shape.num_experts, num_chunks, max_rows, config.integer("max_parts"))
-    return tiled_inputs.make_call(prepared, key, marked, others, [(stream, {"out": "contributions"})], marked=True)
+    launches = [(stream, {"out": "contributions"})]
+    return tiled_inputs.make_call(prepared, key, marked, others, launches, marked=True, routes=routes)
+
+
+def works_out_tiles(shape: MoEShape, num_tokens: int, config: Config) -> bool:
+    """Whether each CTA works out the tiles of a batch itself and need not wait until another kernel has: if there is
+    room for them and the choices."""
+    num_choices, num_stages = num_tokens * shape.top_k, config.integer("num_stages")
+    if num_choices > MOST_OWN_CHOICES or config.integer("num_in_flight") >= num_stages:
+        return False
+    capacity = tile_capacity(num_choices, config.integer("max_rows"), shape.num_experts)
+    num_bytes = TILE_BYTES * capacity + CHOICE_BYTES * num_choices
+    return num_bytes <= TILE_BYTES * table_tiles(shape, config.integer("max_rows"), num_stages)
 
 
 def exchange(
@@ -296,4 +335,4 @@ def default_max_parts(shape: MoEShape, num_tokens: int) -> int:
     """Fewer parts of a job as there are more rows to exchange, and where tiles are so many that some are fused."""
     if shape.expected_experts_hit(num_tokens) > FUSED_FROM * NUM_SMS:
         return FLAGGED_PARTS
-    return 16 if num_tokens <= 8 else 8 if num_tokens <= 128 else FLAGGED_PARTS
+    return 16 if num_tokens <= 4 else 8 if num_tokens <= 128 else FLAGGED_PARTS

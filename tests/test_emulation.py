@@ -15,7 +15,7 @@ from emulation.emulator import Device, EmulationError, Grid, Kernel, Source, emu
 from kernels_cuda import compile as cuda_compile
 from kernels_cuda import sm90_prologue, weight_tiles
 from kernels_cuda.sm90_fused import SM90Fused, most_stages
-from kernels_cuda.sm90_stream import SM90Stream, SM90StreamDeterministic
+from kernels_cuda.sm90_stream import SM90Stream, SM90StreamDeterministic, works_out_tiles
 from reference.layout import interleave
 from reference.quant import quantise_activations
 from reference.routing import align_block_size, tile_rows
@@ -106,7 +106,7 @@ TWO_CHUNKS = (MoEShape(8, 640, 256, 2), 40, 32, 5)
 MANY_CHUNKS = (MoEShape(6, 384, 1024, 2), 30, 16, 3)
 """3 fused tiles of more chunks than the ring has stages, and half a group of columns."""
 
-BEYOND_THE_TABLE = (MoEShape(560, 256, 128, 4), 600, 8, 6)
+BEYOND_THE_TABLE = (MoEShape(560, 256, 128, 4), 600, 16, 6)
 """More tiles than a CTA keeps."""
 
 TALL = (MoEShape(4, 1152, 128, 2), 60, 64, 6)
@@ -137,6 +137,20 @@ def test_stream_is_right_under_any_interleaving(case, max_parts, law, dropped):
     config = Config(**{**stream_config(SM90Stream(), weights, num_tokens, max_rows), "max_parts": max_parts})
     for seed in SEEDS:
         out = output(SM90Stream(), weights, inputs, config, num_sms, seed, aligned=seed % 2 == 0)
+        assert error(out, weights, inputs) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "max_rows", "themselves"), [(1, 8, True), (50, 24, True), (170, 64, True), (470, 8, False)]
+)
+@pytest.mark.parametrize("variant", [SM90Stream(), SM90StreamDeterministic()], ids=lambda variant: variant.name)
+def test_ctas_work_out_the_tiles_themselves(variant, num_tokens, max_rows, themselves):
+    weights, inputs = batch(MoEShape(40, 256, 128, 6), num_tokens, "zipf:1.2", dropped=0.3)
+    inputs.topk_ids[:, -1] = inputs.topk_ids[:, 0]  # an expert twice
+    config = stream_config(variant, weights, num_tokens, max_rows)
+    assert works_out_tiles(weights.shape, num_tokens, config) == themselves
+    for given in (inputs, inputs.quantise()):
+        out = output(variant, weights, given, config, num_sms=8, seed=num_tokens, aligned=False)
         assert error(out, weights, inputs) < TOLERANCE
 
 

@@ -43,8 +43,9 @@ def test_every_offered_config_compiles_without_spills_or_warnings(config):
     assert report.static_smem_bytes + report.dynamic_smem_bytes <= SMEM_BYTES
 
 
-def test_the_prologue_compiles_without_spills_or_warnings():
-    report = sm90_prologue.compiled().report(Config(), 0)
+@pytest.mark.parametrize("groups", [True, False])
+def test_the_prologue_compiles_without_spills_or_warnings(groups):
+    report = sm90_prologue.compiled(groups).report(Config(), 0)
     assert report.clean
     assert report.registers <= 65536 // sm90_prologue.NUM_THREADS
     assert report.static_smem_bytes <= 48 * 1024
@@ -117,10 +118,10 @@ def fresh_cache(tmp_path, monkeypatch):
 
 
 def test_what_is_in_the_cache_is_not_compiled_again(fresh_cache, monkeypatch):
-    first = sm90_prologue.compiled()
+    first = sm90_prologue.compiled(groups=True)
     cuda_compile._compile.cache_clear()
     monkeypatch.setattr(cuda_compile, "_run_compiler", lambda *_: pytest.fail("compiled again"))
-    assert sm90_prologue.compiled() == first
+    assert sm90_prologue.compiled(groups=True) == first
     assert first.path.parent == fresh_cache
     assert first.path.read_bytes()[:4] == b"\x7fELF"
     assert sorted(path.suffix for path in fresh_cache.iterdir()) == [".cubin", ".log"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from kernels_cuda import compile as cuda_compile
-from kernels_cuda import sm90_fill, workspace
-from kernels_cuda.sm90 import SMEM_BYTES
+from kernels_cuda import sm90_fill, sm90_prologue, sm90_stream, workspace
+from kernels_cuda.compile import Cubin
+from kernels_cuda.sm90 import NUM_SMS, SMEM_BYTES
 from kernels_cuda.sm90_stream import (
     FLAG_BYTES,
     FLAGGED_PARTS,
@@ -22,7 +25,9 @@ from kernels_cuda.sm90_stream import (
     most_buffers,
     most_stages,
     smem_bytes,
+    works_out_tiles,
 )
+from kernels_triton.compile import disassemble
 from workbench.errors import CompileError
 from workbench.models import shape_of_alias
 from workbench.problem import MoEShape
@@ -32,6 +37,9 @@ DSV3_TP16 = shape_of_alias("dsv3_tp16")
 DSV3_TP8 = shape_of_alias("dsv3_tp8")
 SHAPES = [DSV3_TP16, DSV3_TP8, *(shape_of_alias(alias) for alias in ("qwen3next_tp4", "tiny", "tiny_shared"))]
 WIDE = MoEShape(8, 4096, 3584, 2)
+MOST_CODE_BYTES = 72 * 1024
+RESERVED_SMEM_BYTES = 1024
+"""Of each CTA, beside what it asks for."""
 TOKENS = (0, 1, 2, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 131072)
 
 
@@ -47,19 +55,50 @@ def compiled_cases() -> list[tuple[MoEShape, Config]]:
 
 @pytest.mark.parametrize(("shape", "config"), compiled_cases(), ids=str)
 def test_every_offered_config_compiles_without_spills_or_warnings(shape, config):
-    report = SM90Stream().compile(shape, [config])[-1]
-    assert report.kernel == "sm90_stream"
-    assert report.clean, report
-    assert report.static_smem_bytes + report.dynamic_smem_bytes <= SMEM_BYTES
+    taking_tiles, routing = SM90Stream().compile(shape, [config])[-2:]
+    for report in (taking_tiles, routing):
+        assert report.kernel == "sm90_stream"
+        assert report.clean, report
+        assert report.static_smem_bytes + report.dynamic_smem_bytes <= SMEM_BYTES
 
 
-def test_with_short_tiles_a_cta_leaves_room_for_one_of_the_kernel_before():
-    fill = sm90_fill.compiled().report(Config(), 0)
+@pytest.mark.parametrize("first", [sm90_fill.compiled, lambda: sm90_prologue.compiled(groups=False)])
+def test_with_short_tiles_a_cta_leaves_room_for_one_of_the_kernel_before(first):
+    before = first().report(Config(), 0)
     config = next(iter(SM90Stream().configs(DSV3_TP16, 1)))
     stream = SM90Stream().compile(DSV3_TP16, [config])[-1]
-    assert fill.clean
-    assert 512 * fill.registers + 384 * stream.registers <= 65536
-    assert fill.static_smem_bytes == 0
+    assert before.clean
+    assert 512 * before.registers + 384 * stream.registers <= 65536
+    assert before.static_smem_bytes == 0
+    assert stream.dynamic_smem_bytes + 2 * RESERVED_SMEM_BYTES <= SMEM_BYTES + RESERVED_SMEM_BYTES
+
+
+@pytest.mark.parametrize("alias", ["dsv3_tp16", "dsv3_tp8", "qwen3next_tp4"])
+@pytest.mark.parametrize("num_tokens", [1, 8, 64])
+def test_kernels_of_small_batches_have_less_code_than_costs_time(alias, num_tokens):
+    """experiments/2026-11-28_code_size."""
+    shape = shape_of_alias(alias)
+    config = next(iter(SM90Stream().configs(shape, num_tokens)))
+    for routes in (False, True):
+        cubin, _ = sm90_stream._compile(config, shape, NUM_SMS, False, routes)
+        assert code_bytes(cubin) <= MOST_CODE_BYTES
+
+
+def code_bytes(cubin: Cubin) -> int:
+    """Of 16 for each instruction."""
+    return 16 * len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", disassemble(cubin.path), re.MULTILINE))
+
+
+def test_ctas_work_out_the_tiles_of_small_batches_themselves():
+    def works_out(shape, num_tokens, **changes):
+        config = Config(**{**next(iter(SM90Stream().configs(shape, num_tokens))), **changes})
+        return works_out_tiles(shape, num_tokens, config)
+
+    assert all(works_out(shape, 64) for shape in SHAPES)
+    assert works_out(DSV3_TP16, 156)
+    assert not works_out(DSV3_TP16, 157)  # 1413 choices: more than four for each thread
+    assert not works_out(MoEShape(1024, 512, 256, 16), 64)  # tiles and choices do not fit the table
+    assert not works_out(DSV3_TP16, 1, num_in_flight=6)  # the last stage is not free meanwhile
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, WIDE], ids=str)

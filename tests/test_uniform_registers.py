@@ -59,10 +59,12 @@ def test_the_phases_of_prefill(shape: MoEShape) -> None:
         assert_no_loop_of_arrivals(cubin)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 64, 512, 2048])
-def test_stream(num_tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("num_tokens", "routes"), [(1, False), (1, True), (64, False), (64, True), (512, False), (2048, False)]
+)
+def test_stream(num_tokens: int, routes: bool) -> None:
     config = next(iter(SM90Stream().configs(SHAPES[0], num_tokens)))
-    cubin = sm90_stream._compile(config, SHAPES[0], NUM_SMS, False)[0]
+    cubin = sm90_stream._compile(config, SHAPES[0], NUM_SMS, False, routes)[0]
     if config.integer("max_rows") > 16:  # up to which products of the up phase are not those of wgmma
         assert_few_moves(cubin)
     assert_no_loop_over_lanes(cubin)

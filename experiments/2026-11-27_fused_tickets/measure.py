@@ -9,6 +9,7 @@ cells   us per call by the workbench's timing, kernel scope: each copy with its 
         rows=24,32 in_flight=4 parts=8,16 also this tree with other ones; under laws=uniform,zipf:1.2 or the first alone
 own_w2  for copies that lay out w2 in another way
 layer   cells are calls on bf16 tokens
+quantised  cells are calls on quantised tokens whose choices are not grouped
 
 A copy is a package beside this tree, named on the command line as copy=NAME: kernels_cuda of another revision with its
 package renamed, for example by
@@ -172,7 +173,12 @@ def time_cells(arguments: list[str]) -> None:
                     if "own_w2" not in arguments:
                         own.tiles, own.params.w2 = shared.tiles, shared.params.w2
                 own = prepared[variant.name]
-                aligned = batches if "layer" in arguments else [variant.align(own, batch, config) for batch in batches]
+                if "layer" in arguments:
+                    aligned = batches
+                elif "quantised" in arguments:
+                    aligned = [batch.quantise() for batch in batches]
+                else:
+                    aligned = [variant.align(own, batch, config) for batch in batches]
                 calls = [
                     lambda batch=batch, variant=variant, own=own, config=config, out=out: variant.run(
                         own, batch, out, config

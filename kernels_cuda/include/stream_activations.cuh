@@ -49,7 +49,7 @@ struct Activations {
     // The weight in `out` of row `thread` of the tile.
     __device__ __forceinline__ float weight_of_own_row(const Tile& tile) const {
         if (thread >= tile.num_rows) return 0.f;
-        return p.topk_weights[p.sorted_choices[tile.first_row + thread]] * p.routed_scaling_factor;
+        return p.topk_weights[sorted_choice(p, shared, tile.first_row + thread)] * p.routed_scaling_factor;
     }
 
     // The activations of a job whose sums this CTA has, quantised per row: `target` as wgmma reads them, and their scales,
@@ -105,7 +105,7 @@ struct Activations {
     template <uint32_t kPasses>
     __device__ __forceinline__ void of_stored_sums(const Tile& tile, uint32_t job, uint32_t num_parts, uint8_t* target,
                                                    float* target_scale, const float* row_weight) const {
-        constexpr uint32_t kParts = kFlagged || kPasses == 4 ? 4 : kPasses == 2 ? 8 : 16;
+        constexpr uint32_t kParts = kFlagged ? 4 : 16 / kPasses;
         constexpr uint32_t kRowsAtOnce = kNumMathThreads / kRowVectors;
         const uint32_t vector = thread % kRowVectors, first_row = thread / kRowVectors;
         const uint32_t channel = vector / 32 * 64 + vector / 8 % 4 * 16 + vector % 8;  // and channel + 8
@@ -165,12 +165,10 @@ struct Activations {
 
     __device__ __forceinline__ void of_stored_sums(const Tile& tile, uint32_t job, uint32_t num_parts, uint8_t* target,
                                                    float* target_scale, const float* row_weight) const {
-        if (tile.num_rows <= 4)
+        if (kMaxRows == 8 && tile.num_rows <= 4)
             of_stored_sums<1>(tile, job, num_parts, target, target_scale, row_weight);
-        else if (kMaxRows == 8 || tile.num_rows <= 8)
-            of_stored_sums<2>(tile, job, num_parts, target, target_scale, row_weight);
         else
-            of_stored_sums<4>(tile, job, num_parts, target, target_scale, row_weight);
+            of_stored_sums<2>(tile, job, num_parts, target, target_scale, row_weight);
     }
 
     // Hands the activations of a job, in `outgoing`, to all CTAs: thread `row` has that row's weight in `out`. When a thread

@@ -10,6 +10,7 @@ constexpr uint32_t kNumStages = NUM_STAGES;
 constexpr uint32_t kNumInFlight = NUM_IN_FLIGHT;
 constexpr uint32_t kNumCtas = NUM_CTAS;
 constexpr bool kDeterministic = DETERMINISTIC;
+constexpr bool kRoutes = ROUTES;
 
 constexpr uint32_t kTileK = 128;                                       // bytes of K in a stage: one swizzle row
 constexpr uint32_t kTileRows = 128;                                    // weight rows in each half of a stage
@@ -26,7 +27,7 @@ constexpr uint32_t kNumMathWarps = kNumMathThreads / 32;
 constexpr uint32_t kNumGatherThreads = 96;
 constexpr uint32_t kNumGatherWarps = kNumGatherThreads / 32;
 constexpr uint32_t kNumThreads = 384;
-constexpr uint32_t kTableTiles = 2 * kNumMathThreads;                  // tiles kept in shared memory
+constexpr uint32_t kTableTiles = TABLE_TILES;                          // tiles kept in shared memory
 constexpr uint32_t kFlaggedParts = 4;
 constexpr bool kFlagged = kMaxParts == kFlaggedParts;  // sums are followed by a flag; else they are their own signal
 constexpr bool kFuses = kFlagged && !kDeterministic;   // some tiles pass both phases in one CTA, where there are many
@@ -48,6 +49,7 @@ constexpr uint32_t kMostGroupsOfWarp = 32;  // of 128 activations: two trips
 // Tokens of tall tiles would take the room of a stage of weights.
 constexpr uint32_t kNumTokenStages = kMaxRows <= 32 || kNumStages < 4 ? kNumStages : 4;
 
+static_assert(kTableTiles % kNumMathThreads == 0, "each thread copies as many");
 static_assert(kMaxParts >= 4, "jobs are cut into 4 or more parts");
 static_assert(kNumBuffers <= kNumGatherWarps, "a warp has one buffer");
 static_assert(kMaxRows <= 32 ? kMaxRows % 8 == 0 : kMaxRows == 48 || kMaxRows == 64, "tiles of 8, 16, 24, 32, 48 or 64 rows");

@@ -9,6 +9,29 @@
 #include "registers.cuh"
 #include "stream_storage.cuh"
 
+// What one read of memory by all lanes of a warp finds of the tiles: their number and, before that is known, the expert of
+// nearly any tile that may turn out to be a CTA's first.
+struct TilesAtStart {
+    uint32_t number, other;
+    int32_t low_expert, other_expert;
+
+    __device__ __forceinline__ TilesAtStart() : number(0), other(0), low_expert(0), other_expert(0) {}
+    __device__ __forceinline__ explicit TilesAtStart(const Params& p) {
+        const uint32_t lane = threadIdx.x % 32, last = p.tile_capacity - 1;
+        other = lane + 29;  // 32.. and the first tile where items are whole, in 4 parts, in fine ones
+        if (lane < 3) other = blockIdx.x / (lane == 0 ? 1 : lane == 1 ? 4 : Schedule::kFinePartsUp) / kNumChunks;
+        number = p.tiles[0].expert;
+        low_expert = p.tiles[1 + min(lane, last)].expert;
+        other_expert = p.tiles[1 + min(other, last)].expert;
+    }
+    __device__ __forceinline__ uint32_t expert(const Params& p, uint32_t tile) const {
+        const uint32_t holders = __ballot_sync(~0u, other == tile);
+        const int32_t expert = __shfl_sync(~0u, low_expert, tile);
+        if (tile < 32) return expert;
+        return holders == 0 ? p.tiles[1 + tile].expert : __shfl_sync(~0u, other_expert, __ffs(holders) - 1);
+    }
+};
+
 // One warp: takes tickets, tells the others what they stand for, and loads the weights.
 struct WeightLoader {
     const Params& p;
@@ -20,28 +43,23 @@ struct WeightLoader {
 
     __device__ __forceinline__ WeightLoader(const Params& p, SharedStorage& shared) : p(p), shared(shared) {}
 
-    // The loads for which nothing has to be waited for, before other warps use the barriers. One read of memory by all lanes
-    // finds the number of tiles and, with it, nearly any tile that may turn out to be the first.
+    // The loads for which nothing has to be waited for, before other warps use the barriers.
     __device__ __forceinline__ void start() {
-        const uint32_t lane = threadIdx.x % 32, last = p.tile_capacity - 1;
-        uint32_t other = lane + 29;  // 32.. and the first tile where items are whole, in 4 parts, in fine ones
-        if (lane < 3) other = blockIdx.x / (lane == 0 ? 1 : lane == 1 ? 4 : Schedule::kFinePartsUp) / kNumChunks;
-        const uint32_t num_tiles = p.tiles[0].expert;
-        const int32_t low_expert = p.tiles[1 + min(lane, last)].expert;
-        const int32_t other_expert = p.tiles[1 + min(other, last)].expert;
-        if (elect_one()) {
-            init_barriers();
-            shared.num_tiles = num_tiles;
+        const TilesAtStart tiles = kRoutes ? TilesAtStart{} : TilesAtStart(p);
+        if constexpr (!kRoutes) {
+            if (elect_one()) {
+                init_barriers();
+                shared.num_tiles = tiles.number;
+            }
+            __syncwarp();
         }
-        __syncwarp();
+        const uint32_t num_tiles = kRoutes ? shared.num_tiles : tiles.number;
         if (num_tiles == 0) return;
         const Schedule schedule(num_tiles);
         if (schedule.first_ticket() >= schedule.num_up) return;
         const Piece piece = schedule.piece(schedule.first_ticket());
-        const uint32_t tile = piece.item / kNumChunks, holders = __ballot_sync(~0u, other == tile);
-        int32_t expert = __shfl_sync(~0u, low_expert, tile);
-        if (tile >= 32) expert = __shfl_sync(~0u, other_expert, __ffs(holders) - 1);
-        if (tile >= 32 && holders == 0) expert = p.tiles[1 + tile].expert;
+        const uint32_t tile = piece.item / kNumChunks;
+        const uint32_t expert = kRoutes ? shared.tiles[tile].expert : tiles.expert(p, tile);
 #pragma unroll 1
         for (uint32_t k = piece.first_unit; k < early_end(piece); ++k, ++num_loads)
             issue(up_stage(expert, piece.item % kNumChunks, k), kStageBytes);
@@ -181,6 +199,7 @@ struct Gatherer {
         : p(p), shared(shared), thread(thread) {}
 
     __device__ __forceinline__ void run() {
+        if (kRoutes && p.inputs_from_previous_kernel) grid_dependency::wait();  // for tokens
         const bool few = Schedule(registers::uniform(shared.num_tiles)).few;
 #pragma unroll 1
         for (QueuePosition queue;; queue.advance()) {
@@ -202,7 +221,7 @@ struct Gatherer {
         const Tile tile = tile_at(p, shared, piece.item / kNumChunks);
         int32_t* const tokens = shared.gathered_token[table ^= 1];
         if (thread < tile.num_rows) {
-            const int32_t choice = p.sorted_choices[tile.first_row + thread];
+            const int32_t choice = sorted_choice(p, shared, tile.first_row + thread);
             tokens[thread] = choice / p.top_k;
             cp_async_4(row_weight + thread, p.topk_weights + choice, true);  // there with the first stage's tokens
         }
@@ -252,7 +271,7 @@ struct Gatherer {
             cp_async_4(&shared.down_scale[buffer][i], scales + i, true);
         static_assert(kMaxRows <= kNumGatherThreads && kMostGroupsOfWarp <= 32, "a thread has at most one row");
         const bool has_row = own < tile.num_rows;
-        const int32_t choice = has_row ? p.sorted_choices[tile.first_row + own] : 0;
+        const int32_t choice = has_row ? sorted_choice(p, shared, tile.first_row + own) : 0;
         if (activations == kFromMemory) {
             gather_activations(tile, buffer, own, num_threads);
         } else if (has_row && activations == kFromSums) {

@@ -22,6 +22,7 @@ struct Params {
     const float* w13_scale;
     const float* w2_scale;
     const int32_t* sorted_choices;
+    const int32_t* topk_ids;  // kRoutes: [num_choices]
     const Tile* tiles;  // [1 + tile_capacity]; the first entry is {number of tiles, ...}
     const float* topk_weights;
     float4* sums;  // kMaxParts * kNumChunks rows of kRowVectors for each choice; unless kFlagged ones in every bit
@@ -35,7 +36,9 @@ struct Params {
     float routed_scaling_factor;
     uint32_t top_k;
     uint32_t tile_capacity;
-    uint32_t inputs_from_previous_kernel;  // tokens and routing are written by the kernel just before in the stream
+    uint32_t num_experts;
+    uint32_t num_choices;
+    uint32_t inputs_from_previous_kernel;  // tokens, and tiles if CTAs do not route, are written by the kernel just before
 };
 
 static_assert(sizeof(Params) == PARAMS_BYTES, "the launcher's struct differs");
@@ -52,7 +55,7 @@ struct SharedStorage {
     alignas(1024) uint8_t activation[kNumBuffers][kNumChunks][kMaxRows * kGroupSize];
     alignas(16) uint8_t outgoing[kMaxRows * kGroupSize];
     float outgoing_scale[kMaxRows];
-    PackedTile tiles[kTableTiles];
+    PackedTile tiles[kTableTiles];  // kRoutes: and at its end the choices
     alignas(16) float token_scale[kNumTokenStages][kMaxRows];
     alignas(16) float activation_scale[kNumBuffers][kNumChunks][kMaxRows];  // times the token's weight in `out`
     float row_weight[kNumBuffers][kMaxRows];
@@ -79,9 +82,19 @@ struct SharedStorage {
 static_assert(sizeof(SharedStorage) <= SMEM_BYTES, "the launcher reserves too little shared memory");
 
 __device__ __forceinline__ Tile tile_at(const Params& p, const SharedStorage& shared, uint32_t index) {
-    if (index >= kTableTiles) return p.tiles[1 + index];
+    if (!kRoutes && index >= kTableTiles) return p.tiles[1 + index];
     const PackedTile tile = shared.tiles[index];
     return {tile.expert, tile.first_row, tile.num_rows, 0};
+}
+
+// Where CTAs route: the choices in the order of the experts.
+__device__ __forceinline__ uint16_t* sorted_choices(const Params& p, SharedStorage& shared) {
+    return reinterpret_cast<uint16_t*>(shared.tiles + kTableTiles) - p.num_choices;
+}
+
+// Entry `row` of the choices in the order of the experts.
+__device__ __forceinline__ int32_t sorted_choice(const Params& p, SharedStorage& shared, uint32_t row) {
+    return kRoutes ? sorted_choices(p, shared)[row] : p.sorted_choices[row];
 }
 
 // The first tiles, by the math threads.

@@ -166,6 +166,17 @@ inline uint32_t __ballot_sync(uint32_t mask, bool vote, EMULATED_WHERE) {
         },
         where);
 }
+inline uint32_t __match_any_sync(uint32_t mask, uint32_t value, EMULATED_WHERE) {
+    return emulation::exchange_in_warp(
+        mask, value,
+        [=](uint32_t own, const uint32_t (&slot)[32]) {
+            uint32_t peers = 0;
+            for (uint32_t lane = 0; lane < 32; ++lane)
+                if (mask >> lane & 1 && slot[lane] == slot[own]) peers |= 1u << lane;
+            return peers;
+        },
+        where);
+}
 inline bool __any_sync(uint32_t mask, bool vote, EMULATED_WHERE) { return __ballot_sync(mask, vote, where) != 0; }
 inline bool __all_sync(uint32_t mask, bool vote, EMULATED_WHERE) { return __ballot_sync(mask, vote, where) == mask; }
 
