@@ -52,11 +52,12 @@ struct Math {
         if (whole) {
             const uint32_t chunk = piece.item % kNumChunks;
             const float weight = thread < tile.num_rows ? row_weight[thread] * p.routed_scaling_factor : 0.f;
-            if (kFuses && piece.phase == kFusedUp)
-                return activations.of_own_sums<kRows>(tile, gate, up, shared.activation[activation.stage][chunk],
-                                                      shared.activation_scale[activation.stage][chunk], weight);
-            activations.of_own_sums<kRows>(tile, gate, up, shared.outgoing, shared.outgoing_scale, 1.f);
-            return activations.publish(tile, chunk, weight);
+            const bool for_all = !kFuses || piece.phase != kFusedUp;
+            activations.of_own_sums<kRows>(
+                tile, gate, up, for_all ? shared.outgoing : shared.activation[activation.stage][chunk],
+                for_all ? shared.outgoing_scale : shared.activation_scale[activation.stage][chunk], for_all ? 1.f : weight);
+            if (for_all) activations.publish(tile, chunk, weight);
+            return;
         }
         activations.store_sums<kRows>(tile, piece, gate, up);
     }
