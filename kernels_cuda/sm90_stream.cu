@@ -29,8 +29,8 @@
 // sm90_combine.cu adds those up in a fixed order.
 //
 // Over sm90_fused.cu: SMs share bytes, not items, so that none idles where items do not divide over SMs. On an H200, kernel
-// alone, of the floor of reading the weights: dsv3_tp16 M=1 11.7 us (1.58), M=16 65 (1.04), M=64 139 (1.02), M=256 167 (1.06);
-// dsv3_tp8 M=64 268 (0.99), M=256 315 (1.01); qwen3next_tp4 M=16 32 (1.25), M=256 92 (1.03): experiments/2026-11-28_shipped;
+// alone, of the floor of reading the weights: dsv3_tp16 M=1 11.3 us (1.52), M=16 66 (1.06), M=64 140 (1.02), M=256 167 (1.06);
+// dsv3_tp8 M=64 272 (1.01), M=256 319 (1.02); qwen3next_tp4 M=16 31 (1.22), M=256 93 (1.04): experiments/2026-11-28_shipped;
 // 2026-11-28_additions and 2026-11-28_heights say what holds it.
 //
 // Code of more than some 70 KB costs 2 to 4 us a call, whether it runs or not (experiments/2026-11-28_code_size): what a kernel

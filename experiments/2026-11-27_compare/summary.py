@@ -166,12 +166,13 @@ def mean(ratios: list[Ratio]) -> float:
 
 
 def line(what: str, ratios: list[Ratio], bar: float, beyond: float | None, *, at_most: bool = False) -> None:
-    """One row: the ratio that is furthest from meeting the bar."""
+    """One row: the ratio that is furthest from meeting the bar, and how many cells meet it."""
     if not ratios:
         print(f"| {what} | {bar} | {beyond or ''} | not measured | |")
         return
     worst = (max if at_most else min)(ratios, key=lambda ratio: ratio.value)
-    report(what, worst.value, f"{worst.label}, {len(ratios)} cells", bar, beyond, at_most=at_most)
+    met = sum(ratio.value <= bar if at_most else ratio.value >= bar for ratio in ratios)
+    report(what, worst.value, f"{worst.label}; {met} of {len(ratios)} cells", bar, beyond, at_most=at_most)
 
 
 def report(what: str, value: float, where: str, bar: float, beyond: float | None, *, at_most: bool = False) -> None:
