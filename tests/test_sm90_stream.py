@@ -132,9 +132,9 @@ def test_tiles_are_taller_where_experts_are_large_and_many():
 
 def test_sums_are_flagged_where_there_are_many_rows_or_tiles():
     qwen = shape_of_alias("qwen3next_tp4")
-    assert [default_max_parts(DSV3_TP16, tokens) for tokens in (1, 8, 32, 64, 1024)] == [16, 16, 8, 4, 4]
-    assert [default_max_parts(qwen, tokens) for tokens in (8, 16, 32, 64)] == [16, 8, 4, 4]
-    assert [default_max_parts(WIDE, tokens) for tokens in (8, 64, 256)] == [16, 8, 4]
+    assert [default_max_parts(DSV3_TP16, tokens) for tokens in (1, 4, 8, 32, 64, 1024)] == [16, 16, 8, 8, 4, 4]
+    assert [default_max_parts(qwen, tokens) for tokens in (4, 16, 32, 64)] == [16, 8, 4, 4]
+    assert [default_max_parts(WIDE, tokens) for tokens in (4, 64, 256)] == [16, 8, 4]
 
 
 def test_tall_tiles_have_fewer_stages_of_tokens_and_so_as_many_of_weights():

@@ -12,6 +12,9 @@ __device__ __forceinline__ constexpr uint32_t next_height(uint32_t rows) {
     return rows + 16 < kMaxRows ? rows + 16 : kMaxRows;
 }
 
+// Where activations for this CTA and for all are two calls, though one is less code: else registers are spilled.
+constexpr bool kSpillsInOneCall = kMaxRows == 24 && kNumChunks == 1 && !kRoutes;
+
 // Two warpgroups: each 64 gate rows and the same 64 up rows of the chunk, then every other group of columns or half of the
 // tokens.
 struct Math {
@@ -53,9 +56,17 @@ struct Math {
             const uint32_t chunk = piece.item % kNumChunks;
             const float weight = thread < tile.num_rows ? row_weight[thread] * p.routed_scaling_factor : 0.f;
             const bool for_all = !kFuses || piece.phase != kFusedUp;
-            activations.of_own_sums<kRows>(
-                tile, gate, up, for_all ? shared.outgoing : shared.activation[activation.stage][chunk],
-                for_all ? shared.outgoing_scale : shared.activation_scale[activation.stage][chunk], for_all ? 1.f : weight);
+            if constexpr (kSpillsInOneCall) {
+                if (!for_all)
+                    return activations.of_own_sums<kRows>(tile, gate, up, shared.activation[activation.stage][chunk],
+                                                          shared.activation_scale[activation.stage][chunk], weight);
+                activations.of_own_sums<kRows>(tile, gate, up, shared.outgoing, shared.outgoing_scale, 1.f);
+            } else {
+                activations.of_own_sums<kRows>(
+                    tile, gate, up, for_all ? shared.outgoing : shared.activation[activation.stage][chunk],
+                    for_all ? shared.outgoing_scale : shared.activation_scale[activation.stage][chunk],
+                    for_all ? 1.f : weight);
+            }
             if (for_all) activations.publish(tile, chunk, weight);
             return;
         }
