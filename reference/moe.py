@@ -79,13 +79,13 @@ def moe(
 
     x = dequantise_activations(x_q, x_scale, dtype)
     out = torch.zeros_like(x)
-    order = topk_ids.flatten().argsort(stable=True)  # an expert's choices lie behind each other
+    ids, order = topk_ids.flatten().sort(stable=True)  # an expert's choices lie behind each other
     weights = topk_weights.flatten().to(dtype)
     with _true_fp32_products():
-        for experts, first, count in _groups(topk_ids, w13.shape[1] * w13.shape[2]):
+        for experts, first, count, most in _groups(ids, w13.shape[1] * w13.shape[2]):
             group_w13 = dequantise_w13(_of(w13, experts), w13_scale[experts], dtype)
             group_w2 = dequantise_weights(_of(w2, experts), w2_scale[experts], dtype)
-            for rows in torch.arange(int(count.max()), device=x.device).split(ROWS_AT_ONCE // len(experts)):
+            for rows in torch.arange(most, device=x.device).split(ROWS_AT_ONCE // len(experts)):
                 is_choice = rows < count[:, None]  # [G, T]; the other rows are any
                 choice = order[torch.where(is_choice, first[:, None] + rows, 0)]
                 token = choice // topk_ids.shape[1]
@@ -99,9 +99,12 @@ def _of(weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
     return weights.view(torch.uint8)[experts].view(weights.dtype)
 
 
-def _groups(topk_ids: torch.Tensor, expert_values: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Experts with about as many choices; where those begin among the sorted ones; how many they are. [G] each."""
-    ids, counts = topk_ids.flatten().sort().values.unique_consecutive(return_counts=True)
+def _groups(
+    sorted_ids: torch.Tensor, expert_values: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]]:
+    """Experts with about as many choices; where those begin among the sorted ones; how many they are, [G] each; and the
+    most of these."""
+    ids, counts = sorted_ids.unique_consecutive(return_counts=True)
     begins = counts.cumsum(0) - counts
     by_count = counts.argsort(descending=True)
     by_count = by_count[ids[by_count] >= 0]
@@ -112,7 +115,7 @@ def _groups(topk_ids: torch.Tensor, expert_values: int) -> Iterator[tuple[torch.
         at_most = min(WEIGHTS_AT_ONCE[ids.device.type] // expert_values, ROWS_AT_ONCE // sizes[start])
         alike = sum(2 * size >= sizes[start] for size in sizes[start : start + at_most])
         group = slice(start, start + max(alike, 1))
-        yield ids[group], begins[group], counts[group]
+        yield ids[group], begins[group], counts[group], sizes[start]
         start = group.stop
 
 

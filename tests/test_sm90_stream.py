@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from emulation.emulator import RESERVED_SMEM_BYTES, SMEM_BYTES_PER_SM
 
 from kernels_cuda import compile as cuda_compile
 from kernels_cuda import sm90_fill, sm90_prologue, sm90_stream, workspace
@@ -38,8 +39,6 @@ DSV3_TP8 = shape_of_alias("dsv3_tp8")
 SHAPES = [DSV3_TP16, DSV3_TP8, *(shape_of_alias(alias) for alias in ("qwen3next_tp4", "tiny", "tiny_shared"))]
 WIDE = MoEShape(8, 4096, 3584, 2)
 MOST_CODE_BYTES = 72 * 1024
-RESERVED_SMEM_BYTES = 1024
-"""Of each CTA, beside what it asks for."""
 TOKENS = (0, 1, 2, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 131072)
 
 
@@ -70,7 +69,7 @@ def test_with_short_tiles_a_cta_leaves_room_for_one_of_the_kernel_before(first):
     assert before.clean
     assert 512 * before.registers + 384 * stream.registers <= 65536
     assert before.static_smem_bytes == 0
-    assert stream.dynamic_smem_bytes + 2 * RESERVED_SMEM_BYTES <= SMEM_BYTES + RESERVED_SMEM_BYTES
+    assert stream.dynamic_smem_bytes + 2 * RESERVED_SMEM_BYTES <= SMEM_BYTES_PER_SM
 
 
 @pytest.mark.parametrize("alias", ["dsv3_tp16", "dsv3_tp8", "qwen3next_tp4"])

@@ -7,11 +7,9 @@ us of the plain and of the deterministic form, the fastest config of each, and t
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
-from experiments.traces import read
-from workbench.trace import Status
+from experiments.traces import fastest_us, read
 
 PAIRS = (
     ("cuda.sm90_stream", "cuda.sm90_stream_deterministic"),
@@ -20,11 +18,7 @@ PAIRS = (
 
 
 def main() -> None:
-    best: dict[tuple[str, int, str, str], float] = {}
-    for one in read(Path(__file__).with_name("h200_traces.jsonl.gz")):
-        if one.job in ("bench", "tune") and one.status is Status.PASSED:
-            key = (str(one.key.shape), one.key.num_tokens, str(one.scope), one.key.variant)
-            best[key] = min(best.get(key, math.inf), one.timing.median_us)
+    best = fastest_us(read(Path(__file__).with_name("h200_traces.jsonl.gz")))
     print("| layer | M | scope |", " | ".join(f"{plain} | deterministic | ratio" for plain, _ in PAIRS), "|")
     print("| --- | ---: | --- |" + " ---: | ---: | ---: |" * len(PAIRS))
     for shape, num_tokens, scope in sorted({key[:3] for key in best}):

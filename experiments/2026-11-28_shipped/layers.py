@@ -14,19 +14,11 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from experiments.traces import read
-from workbench.trace import Status
-
-Times = dict[tuple[str, int, str, str], float]  # shape, M, scope, variant
+from experiments.traces import Times, fastest_us, read
 
 
 def times(path: Path) -> Times:
-    found: Times = {}
-    for one in read(path):
-        if one.job == "bench" and one.status is Status.PASSED and one.key.routing == "uniform":
-            key = (str(one.key.shape), one.key.num_tokens, str(one.scope), one.key.variant)
-            found[key] = min(found.get(key, math.inf), one.timing.median_us)
-    return found
+    return fastest_us(one for one in read(path) if one.job == "bench" and one.key.routing == "uniform")
 
 
 def fastest(measured: Times) -> Times:
