@@ -314,8 +314,8 @@ def default_max_rows(shape: MoEShape, num_tokens: int) -> int:
     skew is worth.
 
     Under a law that is not uniform a few experts have many rows, and their weights are read once for each tile. A
-    kernel for tall tiles is some 2 us slower on low ones, which is little where experts are large; and only where there
-    are many experts is skew to be expected (experiments/2026-11-28_heights).
+    kernel for tall tiles is some 2 us slower on low ones, since it has more code, which is little where experts are
+    large; and only where there are many experts is skew to be expected (experiments/2026-11-28_heights, _code_size).
     """
     rows = shape.expected_rows(num_tokens)
     wanted = (rows + 1.9 * math.sqrt(max(rows - 1.0, 0.0))) * _skew(shape)

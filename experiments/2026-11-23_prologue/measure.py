@@ -237,9 +237,9 @@ def sweep() -> None:
 
 
 if __name__ == "__main__":
-    report = prologue.compiled().log.split("Used")[1].splitlines()[0]
+    report = prologue.compiled(groups=True).log.split("Used")[1].splitlines()[0]
     prologue.warm(DEVICE)
-    resident = {size: prologue._kernel(size, DEVICE).max_clusters for size in (1, 8)}
+    resident = {size: prologue._kernel(size, DEVICE, groups=True).max_clusters for size in (1, 8)}
     print(f"registers and shared memory: Used{report}; resident clusters by size: {resident}")
     wanted = sys.argv[1:] or ["check", "loop", "times", "sweep"]
     for name in wanted:

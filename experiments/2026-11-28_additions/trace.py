@@ -1,8 +1,9 @@
 """When the CTAs of cuda.sm90_stream come to their pieces, on a GPU, with the kernel patched to write it down:
 
+    git checkout 0d909c9 -- kernels_cuda
     git apply experiments/2026-11-28_additions/trace.patch
     PYTHONPATH=. python experiments/2026-11-28_additions/trace.py [--compile] [alias:M ...]
-    git apply -R experiments/2026-11-28_additions/trace.patch
+    git checkout HEAD -- kernels_cuda
 
 Microseconds after the first CTA's start, the 0th, 10th, 50th, 90th and 100th percentile of CTAs or pieces, of one call
 on a cold L2. Of a piece: when it is begun, until its products are done or what it waits for is there, until it is
