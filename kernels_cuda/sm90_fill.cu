@@ -8,10 +8,10 @@
 constexpr uint32_t kNumThreads = 512;
 
 struct Params {
-    uint4* zeros;
-    uint4* ones;
-    uint64_t num_zeros;  // vectors of 16 bytes
-    uint64_t num_ones;
+    uint4* out;
+    uint4* poison;
+    uint64_t num_out_vectors;
+    uint64_t num_poison_vectors;
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "the launcher's struct differs");
 
@@ -23,6 +23,7 @@ __device__ __forceinline__ void fill(uint4* area, uint64_t num_vectors, uint32_t
 
 extern "C" __global__ void __launch_bounds__(kNumThreads, 4) sm90_fill(const __grid_constant__ Params p) {
     grid_dependency::launch_dependents();
-    fill(p.ones, p.num_ones, ~0u);
-    fill(p.zeros, p.num_zeros, 0u);
+    fill(p.poison, p.num_poison_vectors, ~0u);
+    fill(p.out, p.num_out_vectors, 0u);
+    grid_dependency::wait();  // what this may run beside is done when it is
 }

@@ -18,10 +18,10 @@ CTAS_PER_SM = 4  # could be resident; one is launched, to leave the rest to the 
 
 class _Params(ctypes.Structure):
     _fields_ = (
-        ("zeros", ctypes.c_uint64),
-        ("ones", ctypes.c_uint64),
-        ("num_zeros", ctypes.c_uint64),
-        ("num_ones", ctypes.c_uint64),
+        ("out", ctypes.c_uint64),
+        ("poison", ctypes.c_uint64),
+        ("num_out_vectors", ctypes.c_uint64),
+        ("num_poison_vectors", ctypes.c_uint64),
     )
 
 
@@ -40,10 +40,13 @@ def warm(device: torch.device) -> None:
     _kernel(device)
 
 
-def bind(device: torch.device, *, num_zero_bytes: int, num_one_bytes: int = 0) -> Launch:
-    """A launch that clears every bit of `zeros` and sets every bit of `ones`, memory of so many bytes, multiples of 16,
-    whose addresses the caller fills in."""
+def bind(
+    device: torch.device, *, num_out_bytes: int, num_poison_bytes: int = 0, overlap_previous: bool = False
+) -> Launch:
+    """A launch that clears every bit of `out` and sets every bit of `poison`, memory of so many bytes, multiples of 16,
+    whose addresses the caller fills in. It may overlap the launch before, and ends after it."""
     kernel = _kernel(device)
-    params = _Params(num_zeros=num_zero_bytes // VECTOR_BYTES, num_ones=num_one_bytes // VECTOR_BYTES)
-    num_ctas = min(-(-max(params.num_zeros, params.num_ones) // NUM_THREADS), kernel.max_clusters // CTAS_PER_SM)
-    return kernel.bind(params, num_ctas, overlap_previous=False)
+    params = _Params(num_out_vectors=num_out_bytes // VECTOR_BYTES, num_poison_vectors=num_poison_bytes // VECTOR_BYTES)
+    num_vectors = max(params.num_out_vectors, params.num_poison_vectors)
+    num_ctas = min(-(-num_vectors // NUM_THREADS), kernel.max_clusters // CTAS_PER_SM)
+    return kernel.bind(params, num_ctas, overlap_previous=overlap_previous)

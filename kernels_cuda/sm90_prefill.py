@@ -358,7 +358,7 @@ class SM90Prefill(Variant):
         key = num_tokens, given, config
         call = prepared.calls.take(key) or _make_call(prepared, key)
         first, up, down, *combine = call.params
-        tiled_inputs.write_addresses(given, inputs, first, up)
+        tiled_inputs.write_addresses(given, inputs, "tiles", [first], up)
         if given == "tiled" and isinstance(down, _DownWideParams):
             down.tiles = up.tiles
         address = out.data_ptr()

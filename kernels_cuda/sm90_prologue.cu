@@ -3,11 +3,10 @@
 // nothing to do. Compiled without the first, it takes so few registers and no shared memory that the CTAs of the next
 // kernel start beside its own.
 //
-// Grouping is a counting sort in shared memory, by one CTA for few choices and by clusters for many. In decode, where the
-// next kernel waits for it, a choice keeps its rank from the count, and one sum numbers slots and tiles. The CTAs of a
-// cluster count a slice of the choices each and read one another's counts. More clusters share nothing: each counts all
-// choices and scatters those of some experts, because scattered stores, not counting, are what takes long. Nothing
-// outlives the launch.
+// Grouping is a counting sort in shared memory, by one CTA for few choices and by clusters for many. The CTAs of a cluster
+// count a slice of the choices each and read one another's counts. More clusters share nothing: each counts all choices
+// and scatters those of some experts, because scattered stores, not counting, are what takes long. Nothing outlives the
+// launch.
 //
 // Quantising divides every value by its group's scale, to the last bit: many quotients are ties between two e4m3 codes.
 // The product with the reciprocal, corrected once by its remainder, is the rounded quotient, in three instructions
@@ -19,6 +18,8 @@
 #include "activation.cuh"
 #include "cluster.cuh"
 #include "numeric.cuh"
+#include "scan.cuh"
+#include "tiling.cuh"
 
 constexpr bool kGroups = GROUPS;
 constexpr uint32_t kNumThreads = 512;
@@ -26,11 +27,8 @@ constexpr uint32_t kNumWarps = kNumThreads / 32;
 constexpr uint32_t kLargeCluster = 8;
 constexpr uint32_t kExpertsPerThread = 2;
 constexpr uint32_t kMaxExperts = kExpertsPerThread * kNumThreads;
-constexpr uint32_t kRowStep = 8;          // tiles differ in height by multiples of this
-constexpr uint32_t kMaxHeights = 64;      // two for each lane
 constexpr uint32_t kChoicesInFlight = 8;  // loads ahead of the first use, per thread
 constexpr uint32_t kGroupsInFlight = kGroups ? 2 : 1;
-constexpr uint32_t kFewPerThread = 2;     // choices of a small batch
 
 struct Params {
     // group by expert; no routing CTAs: leave out
@@ -65,33 +63,9 @@ struct SharedStorage {
     alignas(8) uint32_t count[kMaxExperts];  // of this CTA's slice; read by the others of the cluster
     uint32_t next_slot[kMaxExperts];         // in sorted_choices, of this CTA's slice
     uint32_t first_slot[kMaxExperts];
-    uint32_t cut[kMaxExperts];               // Cut::packed()
-    uint32_t first_tile[kMaxExperts];        // of the expert, counted among those of experts with tiles as high
-    uint32_t tiles_of_height[kMaxHeights + 1];  // the index is height / kRowStep
     uint32_t warp_total[kNumWarps];
+    uint64_t warp_tiles[kNumWarps];
 };
-
-// Sum of `value` over this lane and those before it.
-__device__ __forceinline__ uint32_t inclusive_sum_of_warp(uint32_t value) {
-#pragma unroll
-    for (uint32_t offset = 1; offset < 32; offset *= 2) {
-        const uint32_t before = __shfl_up_sync(~0u, value, offset);
-        if (threadIdx.x % 32 >= offset) value += before;
-    }
-    return value;
-}
-
-// Sum of `value` over the threads before this one; `total` is that over all.
-__device__ __forceinline__ uint32_t exclusive_sum(uint32_t value, uint32_t (&warp_total)[kNumWarps], uint32_t& total) {
-    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const uint32_t within = inclusive_sum_of_warp(value);
-    if (lane == 31) warp_total[warp] = within;
-    __syncthreads();
-    const uint32_t warps = inclusive_sum_of_warp(lane < kNumWarps ? warp_total[lane] : 0u);
-    total = __shfl_sync(~0u, warps, 31);
-    const uint32_t before = __shfl_sync(~0u, warps, (warp + 31) % 32);
-    return within - value + (warp > 0 ? before : 0u);
-}
 
 // Calls visit(choice, expert) for the choices of this CTA's slice, kChoicesInFlight at a time and kStep apart: `choice`
 // is the first of them. `expert` is ~0 past the last choice.
@@ -144,45 +118,6 @@ __device__ __forceinline__ uint32_t experts_before(const SharedStorage& shared, 
     return before;
 }
 
-// An expert's rows, cut into tiles of `height` rows, the last of what is left.
-struct Cut {
-    uint32_t height, num_tiles;
-
-    __device__ __forceinline__ Cut(uint32_t num_rows, uint32_t max_rows) : height(0), num_tiles(0) {
-        if (num_rows == 0) return;
-        const uint32_t even = ceil_div(num_rows, ceil_div(num_rows, max_rows));
-        height = ceil_div(even, kRowStep) * kRowStep;
-        num_tiles = ceil_div(num_rows, height);
-    }
-    __device__ __forceinline__ uint32_t packed() const { return num_tiles << 6 | height / kRowStep; }
-    static __device__ __forceinline__ uint32_t tiles_as_high(uint32_t packed, uint32_t height) {
-        return packed % kMaxHeights == height ? packed >> 6 : 0u;
-    }
-};
-
-// For every expert the position of its tiles among those of experts with tiles as high: a warp takes one height, a lane a
-// run of experts. Heights are in units of kRowStep; the loops are over an odd number of experts, which keeps lanes on
-// different banks.
-__device__ __forceinline__ void rank_tiles(const Params& p, SharedStorage& shared) {
-    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const uint32_t run = ceil_div(p.num_experts, 32u) | 1u;
-    const uint32_t begin = lane * run, end = min(begin + run, p.num_experts);
-    for (uint32_t height = warp + 1; height <= p.max_rows / kRowStep; height += kNumWarps) {
-        uint32_t num_tiles = 0;
-        for (uint32_t expert = begin; expert < end; ++expert) num_tiles += Cut::tiles_as_high(shared.cut[expert], height);
-        const uint32_t sum = inclusive_sum_of_warp(num_tiles);
-        if (lane == 31) shared.tiles_of_height[height] = sum;
-        if (num_tiles == 0) continue;
-        uint32_t tile = sum - num_tiles;
-        for (uint32_t expert = begin; expert < end; ++expert) {
-            if (const uint32_t own = Cut::tiles_as_high(shared.cut[expert], height)) {
-                shared.first_tile[expert] = tile;
-                tile += own;
-            }
-        }
-    }
-}
-
 // Zeros behind the last tile: kernels read entries before they know how many there are.
 __device__ __forceinline__ void write_no_tiles(const Params& p, uint32_t num_tiles) {
     const uint32_t thread = blockIdx.x * kNumThreads + threadIdx.x;
@@ -190,38 +125,29 @@ __device__ __forceinline__ void write_no_tiles(const Params& p, uint32_t num_til
         p.tiles[1 + index] = make_int4(0, 0, 0, 0);
 }
 
-// The list of tiles, higher ones first; each routing CTA writes every num_routing_ctas-th tile of an expert.
+// The list of tiles; each routing CTA writes every num_routing_ctas-th tile of an expert.
 __device__ __forceinline__ void write_tiles(const Params& p, SharedStorage& shared, uint32_t num_rows,
                                             const uint32_t (&count)[kExpertsPerThread],
                                             const uint32_t (&first_slot)[kExpertsPerThread]) {
-    const uint32_t first_expert = kExpertsPerThread * threadIdx.x;
-#pragma unroll
-    for (uint32_t i = 0; i < kExpertsPerThread; ++i)
-        shared.cut[first_expert + i] = Cut(count[i], p.max_rows).packed();
-    __syncthreads();
-    rank_tiles(p, shared);
-    __syncthreads();
-
-    const auto tiles_of = [&](uint32_t height) { return height <= p.max_rows / kRowStep ? shared.tiles_of_height[height] : 0u; };
-    const uint32_t higher_height = kMaxHeights - 1 - 2 * (threadIdx.x % 32);  // lane 0 has the greatest
-    const uint32_t higher_tiles = tiles_of(higher_height);
-    const uint32_t num_tiles = higher_tiles + (higher_height > 1 ? tiles_of(higher_height - 1) : 0u);
-    const uint32_t sum = inclusive_sum_of_warp(num_tiles);
-    if (blockIdx.x == 0 && threadIdx.x == 31) p.tiles[0] = make_int4(sum, num_rows, 0, 0);
-    write_no_tiles(p, __shfl_sync(~0u, sum, 31));
+    using Tiles = TilesOfClasses<21>;
+    const auto tiling_of = [&](uint32_t i) {
+        return Tiling(count[i], p.max_rows, [](uint32_t dividend, uint32_t divisor) { return dividend / divisor; });
+    };
+    const Tiling tiling[kExpertsPerThread] = {tiling_of(0), tiling_of(1)};
+    uint64_t total;
+    uint64_t before = exclusive_sum<kNumWarps>(Tiles::of(tiling[0]) + Tiles::of(tiling[1]), shared.warp_tiles, total);
+    const uint32_t num_tiles = Tiles::all(total);
+    if (blockIdx.x == 0 && threadIdx.x == 0) p.tiles[0] = make_int4(num_tiles, num_rows, 0, 0);
+    write_no_tiles(p, num_tiles);
 #pragma unroll
     for (uint32_t i = 0; i < kExpertsPerThread; ++i) {
-        const uint32_t expert = first_expert + i;
-        const Cut cut(count[i], p.max_rows);
-        const uint32_t index_of_height = (kMaxHeights - 1 - cut.height / kRowStep) % kMaxHeights;
-        uint32_t before = __shfl_sync(~0u, sum - num_tiles, index_of_height / 2);
-        const uint32_t higher = __shfl_sync(~0u, higher_tiles, index_of_height / 2);
-        if (index_of_height % 2 == 1) before += higher;
-        int4* const tiles = p.tiles + 1 + before + (cut.num_tiles > 0 ? shared.first_tile[expert] : 0u);
-        for (uint32_t index = blockIdx.x; index < cut.num_tiles; index += p.num_routing_ctas) {
-            const uint32_t start = index * cut.height;
-            tiles[index] = make_int4(expert, first_slot[i] + start, min(cut.height, count[i] - start), cut.num_tiles);
+        const uint32_t expert = kExpertsPerThread * threadIdx.x + i, height = tiling[i].height;
+        int4* const tiles = p.tiles + 1 + Tiles::place(before, total, tiling[i].height_class);
+        for (uint32_t index = blockIdx.x; index < tiling[i].num_tiles; index += p.num_routing_ctas) {
+            const uint32_t start = index * height;
+            tiles[index] = make_int4(expert, first_slot[i] + start, min(height, count[i] - start), tiling[i].num_tiles);
         }
+        before += Tiles::of(tiling[i]);
     }
 }
 
@@ -270,6 +196,8 @@ __device__ __forceinline__ void route(const Params& p, SharedStorage& shared) {
                 count[0] += slice[cta].x, count[1] += slice[cta].y;
             }
         }
+        __syncwarp();
+        cluster::arrive();
     }
 
     const bool in_tiles = p.tiles != nullptr;
@@ -277,7 +205,7 @@ __device__ __forceinline__ void route(const Params& p, SharedStorage& shared) {
 #pragma unroll
     for (uint32_t i = 0; i < kExpertsPerThread; ++i)
         room[i] = in_tiles ? count[i] : ceil_div(count[i], p.max_rows) * p.max_rows;
-    first_slot[0] = exclusive_sum(room[0] + room[1], shared.warp_total, total);
+    first_slot[0] = exclusive_sum<kNumWarps>(room[0] + room[1], shared.warp_total, total);
     first_slot[1] = first_slot[0] + room[0];
 #pragma unroll
     for (uint32_t i = 0; i < kExpertsPerThread; ++i) {
@@ -297,62 +225,7 @@ __device__ __forceinline__ void route(const Params& p, SharedStorage& shared) {
         write_tiles(p, shared, total, count, first_slot);
     else
         write_blocks(p, total, count, first_slot);
-    if constexpr (kClusterSize > 1) cluster::sync();  // the others may still be reading this CTA's counts
-}
-
-// One CTA, for few choices in tiles of one height or two: a choice keeps its rank among its expert's from the count, and tiles
-// are numbered by the same sum as slots, those of more than kRowStep rows before the others.
-template <uint32_t kTileRows>
-__device__ __forceinline__ void route_few(const Params& p, SharedStorage& shared) {
-    const uint32_t first_expert = kExpertsPerThread * threadIdx.x;
-    uint32_t expert[kFewPerThread], rank[kFewPerThread];
-#pragma unroll
-    for (uint32_t i = 0; i < kFewPerThread; ++i) {
-        const uint32_t choice = i * kNumThreads + threadIdx.x;
-        expert[i] = choice < p.num_choices ? p.topk_ids[choice] : ~0u;
-    }
-    *reinterpret_cast<uint2*>(&shared.count[first_expert]) = make_uint2(0, 0);
-    __syncthreads();
-#pragma unroll
-    for (uint32_t i = 0; i < kFewPerThread; ++i)
-        rank[i] = expert[i] < p.num_experts ? atomicAdd(&shared.count[expert[i]], 1u) : 0u;
-    __syncthreads();
-
-    static_assert(kTileRows == kRowStep || kTileRows == 2 * kRowStep);
-    // Of slots, of high tiles, of low tiles: each sum in its bits of one word.
-    constexpr uint32_t kHigh = 11, kLow = 21, kSlotMask = (1 << kHigh) - 1, kHighMask = (1 << (kLow - kHigh)) - 1;
-    static_assert(kFewPerThread * kNumThreads <= kSlotMask && kFewPerThread * kNumThreads / kRowStep <= kHighMask);
-    uint32_t count[kExpertsPerThread], packed[kExpertsPerThread], total;
-#pragma unroll
-    for (uint32_t i = 0; i < kExpertsPerThread; ++i) {
-        count[i] = shared.count[first_expert + i];
-        const bool is_high = kTileRows > kRowStep && count[i] > kRowStep;
-        packed[i] = count[i] | ceil_div(count[i], kTileRows) << (is_high ? kHigh : kLow);
-    }
-    uint32_t before = exclusive_sum(packed[0] + packed[1], shared.warp_total, total);
-    const auto high_of = [](uint32_t sums) { return kTileRows > kRowStep ? sums >> kHigh & kHighMask : 0u; };
-    const uint32_t num_high = high_of(total);
-    if (threadIdx.x == 0) p.tiles[0] = make_int4(num_high + (total >> kLow), total & kSlotMask, 0, 0);
-    write_no_tiles(p, num_high + (total >> kLow));
-#pragma unroll
-    for (uint32_t i = 0; i < kExpertsPerThread; ++i) {
-        const uint32_t first_slot = before & kSlotMask, own_high = high_of(packed[i]);
-        const uint32_t num_tiles = own_high + (packed[i] >> kLow);
-        int4* const tiles = p.tiles + 1 + (own_high > 0 ? high_of(before) : num_high + (before >> kLow));
-        shared.first_slot[first_expert + i] = first_slot;
-#pragma unroll 1
-        for (uint32_t index = 0; index < num_tiles; ++index) {
-            const uint32_t start = index * kTileRows;
-            tiles[index] = make_int4(first_expert + i, first_slot + start, min(kTileRows, count[i] - start), num_tiles);
-        }
-        before += packed[i];
-    }
-    __syncthreads();
-#pragma unroll
-    for (uint32_t i = 0; i < kFewPerThread; ++i) {
-        const uint32_t choice = i * kNumThreads + threadIdx.x;
-        if (expert[i] < p.num_experts) p.sorted_choices[shared.first_slot[expert[i]] + rank[i]] = choice;
-    }
+    if constexpr (kClusterSize > 1) cluster::wait();  // until the others have read this CTA's counts
 }
 
 // value / scale, rounded; -0 stays -0.
@@ -422,25 +295,30 @@ __device__ __forceinline__ void fill(uint4* area, uint64_t num_vectors, uint32_t
 
 // By all routing CTAs.
 __device__ __forceinline__ void group_choices(const Params& p, SharedStorage& shared) {
-    const bool is_few = p.tiles != nullptr && p.num_choices <= kFewPerThread * kNumThreads;
-    if (is_few && p.max_rows == kRowStep)
-        route_few<kRowStep>(p, shared);
-    else if (is_few && p.max_rows == 2 * kRowStep)
-        route_few<2 * kRowStep>(p, shared);
-    else if (p.cluster_size == 1)
+    if (p.cluster_size == 1)
         route<1>(p, shared);
     else
         route<kLargeCluster>(p, shared);
+}
+
+// By all other CTAs.
+__device__ __forceinline__ void prepare(const Params& p) {
+    const uint32_t cta = blockIdx.x - p.num_routing_ctas, num_ctas = gridDim.x - p.num_routing_ctas;
+    fill(p.out, p.num_out_vectors, 0u, cta, num_ctas);
+    fill(p.poison, p.num_poison_vectors, ~0u, cta, num_ctas);
+    quantise(p, kGroups ? cta : num_ctas - 1 - cta, num_ctas);  // of few CTAs the last have least to fill
 }
 
 extern "C" __global__ void __launch_bounds__(kNumThreads, kGroups ? 2 : 4) sm90_prologue(const __grid_constant__ Params p) {
     grid_dependency::launch_dependents();
     if constexpr (kGroups) {
         __shared__ SharedStorage shared;
-        if (blockIdx.x < p.num_routing_ctas) return group_choices(p, shared);
+        if (blockIdx.x < p.num_routing_ctas)
+            group_choices(p, shared);
+        else
+            prepare(p);
+    } else {
+        prepare(p);
     }
-    const uint32_t cta = blockIdx.x - p.num_routing_ctas, num_ctas = gridDim.x - p.num_routing_ctas;
-    fill(p.out, p.num_out_vectors, 0u, cta, num_ctas);
-    fill(p.poison, p.num_poison_vectors, ~0u, cta, num_ctas);
-    quantise(p, kGroups ? cta : num_ctas - 1 - cta, num_ctas);  // of few CTAs the last have least to fill
+    grid_dependency::wait();  // what this may run beside is done when it is
 }

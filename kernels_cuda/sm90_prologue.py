@@ -138,6 +138,7 @@ def bind(
     num_poison_bytes: int = 0,
     power_of_two_scales: bool = False,
     leaves_room: bool = False,
+    overlap_previous: bool = False,
 ) -> Launch:
     """Any of, in one launch whose addresses the caller fills in:
 
@@ -151,7 +152,8 @@ def bind(
                         choices is not fixed
     num_poison_bytes    set every bit of `poison`, memory of a multiple of 16 bytes
     leaves_room         with one CTA on an SM that leaves room for one of the next kernel, which may then start at once:
-                        of small batches, without num_choices
+                        without num_choices
+    overlap_previous    may start before the launch ahead of it has ended, and ends after that one
     """
     params = _Params(
         num_out_vectors=num_out_bytes // VECTOR_BYTES,
@@ -177,7 +179,7 @@ def bind(
     if num_rounds:
         num_working_ctas = -(-num_working_ctas // num_rounds)  # the same number of rounds for each
     num_clusters = -(-(num_routing_ctas + num_working_ctas) // cluster_size)
-    return kernel.bind(params, num_clusters * cluster_size, overlap_previous=False)
+    return kernel.bind(params, num_clusters * cluster_size, overlap_previous=overlap_previous)
 
 
 def launch(

@@ -19,8 +19,9 @@
 // the SM. These tickets lie between the up phase and the down phase of the other tiles, whose sums and activations meet
 // meanwhile and whose small pieces even out the end.
 //
-// Of a small batch a CTA may take the choices as they are and work out the tiles for itself (ROUTES, stream_routing.cuh): it
-// reads weights while the kernel before quantises the tokens.
+// A CTA lists the tiles for itself (LISTS_TILES, stream_routing.cuh), unless it is given them. Of a small batch it also puts the
+// choices in order (ORDERS_CHOICES): then it reads weights while the kernel before quantises the tokens. Of a larger one
+// another kernel does, at the same time as tokens are quantised.
 //
 // Where there are only a few jobs no tickets are needed: a CTA has at most one piece of each phase, and computes the
 // activations of its own tile itself, which saves the second meeting.
@@ -44,13 +45,24 @@
 //
 // Set by the compiler's command line: MAX_ROWS (8, 16, 24, 32, 48, 64), HIDDEN_SIZE, NUM_CHUNKS (intermediate size / 128),
 // MAX_PARTS (most pieces of a job), NUM_STAGES, NUM_IN_FLIGHT (stages whose loads may be under way), NUM_BUFFERS (pieces of
-// the down phase whose activations may be), TABLE_TILES (tiles of which a CTA keeps its own copy), NUM_CTAS (all resident at a time), DETERMINISTIC, ROUTES (the batch is small, and
-// CTAs take its choices as they are), and what the launcher passes: SMEM_BYTES of shared memory and PARAMS_BYTES of parameters.
+// the down phase whose activations may be), TABLE_TILES (tiles of which a CTA keeps its own copy), NUM_CTAS (all resident at
+// a time), DETERMINISTIC, LISTS_TILES, ORDERS_CHOICES, and what the launcher passes: SMEM_BYTES of shared memory and
+// PARAMS_BYTES of parameters.
 #include "cluster.cuh"
 #include "registers.cuh"
 #include "stream_load.cuh"
 #include "stream_math.cuh"
 #include "stream_routing.cuh"
+
+// Lists the tiles and asks for the first weights.
+template <typename Choices>
+__device__ __forceinline__ void list_and_start(const Params& p, SharedStorage& shared, WeightLoader& loader, bool is_loader) {
+    Choices choices(p, shared);  // whose ids are on their way while barriers are initialised
+    if (is_loader && elect_one()) loader.init_barriers();
+    choices.list();
+    if (is_loader) loader.start(shared.num_tiles, [&](uint32_t tile) { return shared.tiles[tile].expert; });
+    choices.place();
+}
 
 extern "C" __global__ void __launch_bounds__(kThreadsToFit, 1) sm90_stream(const __grid_constant__ Params p) {
     extern __shared__ __align__(1024) uint8_t shared_bytes[];
@@ -59,15 +71,13 @@ extern "C" __global__ void __launch_bounds__(kThreadsToFit, 1) sm90_stream(const
     WeightLoader loader(p, shared);
     const uint32_t thread = threadIdx.x;
     const bool is_loader = thread / 32 == kNumMathWarps;
-    if constexpr (kRoutes) {
-        if (is_loader && elect_one()) loader.init_barriers();
-        Routing routing(p, shared);
-        routing.list_tiles();
-        if (is_loader) loader.start();
-        routing.place();
+    if constexpr (kOrdersChoices) {
+        list_and_start<OrderedChoices>(p, shared, loader, is_loader);
+    } else if constexpr (kListsTiles) {
+        list_and_start<CountedChoices>(p, shared, loader, is_loader);
     } else {
         if (p.inputs_from_previous_kernel) grid_dependency::wait();
-        if (is_loader) loader.start();
+        if (is_loader) loader.start_with_given_tiles();
         if (thread < kNumMathThreads) copy_table(p, shared);  // the loader's warp would wait behind its weights
     }
     __syncthreads();

@@ -15,13 +15,14 @@ from typing import ClassVar
 
 import torch
 
-from kernels_cuda import activation_form, sm90, sm90_combine, sm90_fill, sm90_prologue, tiled_inputs
+from kernels_cuda import activation_form, sm90, sm90_combine, sm90_fill, sm90_order, sm90_prologue, tiled_inputs
 from kernels_cuda import compile as cuda_compile
 from kernels_cuda.activation_form import ActivationForm
 from kernels_cuda.calls import Call, ReadyCalls
 from kernels_cuda.compile import Cubin, compile_kernel
 from kernels_cuda.launch import Kernel, load
 from kernels_cuda.sm90 import NUM_SMS, SMEM_BYTES
+from kernels_cuda.tiled_inputs import Takes
 from kernels_cuda.weight_tiles import tile_w2, tile_w13
 from reference.quant import GROUP_SIZE
 from reference.routing import tile_capacity
@@ -34,7 +35,7 @@ STAGE_BYTES = 2 * 128 * 128
 MAX_STAGES = 6
 FEWEST_BUFFERS = 2
 MAX_ROWS = (8, 16, 24, 32, 48, 64)
-MOST_OWN_CHOICES = 4 * (NUM_THREADS - 32)  # of a batch of which each CTA works out the tiles itself
+MOST_ORDERED_CHOICES = 4 * (NUM_THREADS - 32)  # of a batch whose choices each CTA puts in order itself
 FEWEST_TABLE_TILES, MOST_TABLE_TILES = 512, 1024  # of which a CTA keeps its own copy
 TILE_BYTES, CHOICE_BYTES = 8, 2
 QUEUE_SIZE = 8  # pieces of work that a CTA has taken
@@ -44,6 +45,10 @@ FLAG_BYTES = 8 * FLAGGED_PARTS * 4  # of a job: for each warp and part
 FEWEST_EXPERTS_WITH_SKEW = 32
 FUSED_FROM = 1.6  # tiles for each SM
 DETERMINISTIC_PARTS = 8  # of a job, whatever the batch
+
+
+FORMS: tuple[Takes, ...] = ("tiles", "choices", "ids")
+"""Of the kernel."""
 
 
 class _Params(ctypes.Structure):
@@ -56,6 +61,7 @@ class _Params(ctypes.Structure):
         ("w2_scale", ctypes.c_uint64),
         ("sorted_choices", ctypes.c_uint64),
         ("topk_ids", ctypes.c_uint64),
+        ("expert_choices", ctypes.c_uint64),
         ("tiles", ctypes.c_uint64),
         ("topk_weights", ctypes.c_uint64),
         ("sums", ctypes.c_uint64),
@@ -114,7 +120,7 @@ def most_stages(shape: MoEShape, max_rows: int) -> int:
     return next((n for n in range(MAX_STAGES, 1, -1) if smem_bytes(shape, max_rows, n) <= SMEM_BYTES), 0)
 
 
-def _compile(config: Config, shape: MoEShape, num_ctas: int, deterministic: bool, routes: bool) -> tuple[Cubin, int]:
+def _compile(config: Config, shape: MoEShape, num_ctas: int, deterministic: bool, takes: Takes) -> tuple[Cubin, int]:
     max_rows, num_stages = config.integer("max_rows"), config.integer("num_stages")
     num_buffers = most_buffers(shape, max_rows, num_stages)
     num_tiles = table_tiles(shape, max_rows, num_stages)
@@ -130,7 +136,8 @@ def _compile(config: Config, shape: MoEShape, num_ctas: int, deterministic: bool
         "TABLE_TILES": num_tiles,
         "NUM_CTAS": num_ctas,
         "DETERMINISTIC": int(deterministic),
-        "ROUTES": int(routes),
+        "LISTS_TILES": int(takes != "tiles"),
+        "ORDERS_CHOICES": int(takes == "ids"),
         "SMEM_BYTES": num_bytes,
         "PARAMS_BYTES": ctypes.sizeof(_Params),
     }
@@ -147,17 +154,17 @@ class Prepared:
     params: _Params
     num_ctas: int
     deterministic: bool
-    kernels: dict[tuple[Config, bool], Kernel] = field(default_factory=dict)
+    kernels: dict[tuple[Config, Takes], Kernel] = field(default_factory=dict)
     calls: ReadyCalls = field(default_factory=ReadyCalls)
 
-    def kernel(self, config: Config, routes: bool) -> Kernel:
-        """The kernel of `config` that takes tiles, or that `routes`, compiled and loaded on first use, which must come
-        before a graph is captured."""
-        kernel = self.kernels.get((config, routes))
+    def kernel(self, config: Config, takes: Takes) -> Kernel:
+        """The kernel of `config` that takes this, compiled and loaded on first use, which must come before a graph is
+        captured."""
+        kernel = self.kernels.get((config, takes))
         if kernel is None:
-            cubin, num_bytes = _compile(config, self.weights.shape, self.num_ctas, self.deterministic, routes)
+            cubin, num_bytes = _compile(config, self.weights.shape, self.num_ctas, self.deterministic, takes)
             kernel = load(cubin, NUM_THREADS, 1, num_bytes, self.weights.device, all_resident=True)
-            self.kernels[config, routes] = kernel
+            self.kernels[config, takes] = kernel
         return kernel
 
 
@@ -206,9 +213,8 @@ class SM90Stream(Variant):
             top_k=weights.shape.top_k,
             num_experts=weights.shape.num_experts,
         )
-        sm90_prologue.warm(weights.device)
-        sm90_fill.warm(weights.device)
-        sm90_combine.warm(weights.device)
+        for helper in (sm90_prologue, sm90_order, sm90_fill, sm90_combine):
+            helper.warm(weights.device)
         num_ctas = torch.cuda.get_device_properties(weights.device).multi_processor_count
         return Prepared(weights, (w13, w2), params, num_ctas, self.deterministic)
 
@@ -222,31 +228,30 @@ class SM90Stream(Variant):
         given = tiled_inputs.given(inputs, config)
         key = num_tokens, given, config
         call = prepared.calls.take(key) or _make_call(prepared, key)
-        first, stream, *combine = call.params
-        routes = bool(stream.num_choices)
-        tiled_inputs.write_addresses(given, inputs, first, stream, routes=routes)
         address = out.data_ptr()
-        if given == "tiled" or (given == "quantised" and routes):  # all that it does is to fill
-            first.zeros = address
+        if self.deterministic:
+            *ahead, stream, combine = call.params
+            combine.topk_ids, combine.out = inputs.topk_ids.data_ptr(), address
         else:
-            first.out = address
-        if combine:
-            combine[0].topk_ids, combine[0].out = inputs.topk_ids.data_ptr(), address
-        else:
+            *ahead, stream = call.params
             stream.out = address
+        ahead[-1].out = address
+        takes: Takes = "choices" if len(ahead) > 1 else "ids" if stream.num_choices else "tiles"
+        tiled_inputs.write_addresses(given, inputs, takes, ahead, stream)
         call.enqueue()
 
     def sources(self) -> tuple[Path, ...]:
-        others = (sm90_prologue.KERNEL, sm90_fill.KERNEL, sm90_combine.KERNEL)
+        others = (sm90_prologue.KERNEL, sm90_order.KERNEL, sm90_fill.KERNEL, sm90_combine.KERNEL)
         modules = ("sm90_stream", *others, "activation_form", "calls", "tiled_inputs", "weight_tiles", "workspace")
         return cuda_compile.variant_sources(modules, (KERNEL, *others))
 
     def compile(self, shape: MoEShape, configs: Iterable[Config]) -> list[CompileReport]:
-        others = (*sm90_prologue.compiled_forms(), sm90_fill.compiled(), sm90_combine.compiled())
+        orders = [sm90_order.compiled(size) for size in sm90_order.CLUSTER_SIZES]
+        others = (*sm90_prologue.compiled_forms(), *orders, sm90_fill.compiled(), sm90_combine.compiled())
         reports = [cubin.report(Config(), 0) for cubin in others]
         for config in configs:
-            for routes in (False, True):
-                cubin, num_bytes = _compile(config, shape, NUM_SMS, self.deterministic, routes)
+            for takes in FORMS:
+                cubin, num_bytes = _compile(config, shape, NUM_SMS, self.deterministic, takes)
                 reports.append(cubin.report(config, num_bytes))
         return reports
 
@@ -266,25 +271,27 @@ def _make_call(prepared: Prepared, key: tiled_inputs.Key) -> Call:
     shape, max_rows = prepared.weights.shape, config.integer("max_rows")
     num_choices, num_chunks = num_tokens * shape.top_k, scale_blocks(shape.intermediate_size)
     params = _Params.from_buffer_copy(prepared.params)
-    routes = given != "tiled" and works_out_tiles(shape, num_tokens, config)
-    params.inputs_from_previous_kernel = given == "tokens" or (given == "quantised" and not routes)
-    params.num_choices = num_choices if routes else 0
+    takes: Takes = "tiles" if given == "tiled" else taken(shape, num_tokens, config)
+    params.inputs_from_previous_kernel = given == "tokens" or (given == "quantised" and takes != "ids")
+    params.num_choices = num_choices if takes == "ids" else 0
     params.tile_capacity = tile_capacity(num_choices, max_rows, shape.num_experts)
-    stream = prepared.kernel(config, routes).bind(params, prepared.num_ctas, overlap_previous=True)
+    stream = prepared.kernel(config, takes).bind(params, prepared.num_ctas, overlap_previous=True)
     marked, others = exchange(num_choices, shape.num_experts, num_chunks, max_rows, config.integer("max_parts"))
     launches = [(stream, {"out": "contributions"})]
-    return tiled_inputs.make_call(prepared, key, marked, others, launches, marked=True, routes=routes)
+    return tiled_inputs.make_call(prepared, key, marked, others, launches, marked=True, takes=takes)
 
 
-def works_out_tiles(shape: MoEShape, num_tokens: int, config: Config) -> bool:
-    """Whether each CTA works out the tiles of a batch itself and need not wait until another kernel has: if there is
-    room for them and the choices."""
-    num_choices, num_stages = num_tokens * shape.top_k, config.integer("num_stages")
-    if num_choices > MOST_OWN_CHOICES or config.integer("num_in_flight") >= num_stages:
-        return False
-    capacity = tile_capacity(num_choices, config.integer("max_rows"), shape.num_experts)
-    num_bytes = TILE_BYTES * capacity + CHOICE_BYTES * num_choices
-    return num_bytes <= TILE_BYTES * table_tiles(shape, config.integer("max_rows"), num_stages)
+def taken(shape: MoEShape, num_tokens: int, config: Config) -> Takes:
+    """What a kernel takes of the routing of a batch that is not in tiles. Where there is room for them each CTA lists
+    the tiles itself, rather than wait until another kernel has; and of a small batch orders the choices."""
+    num_choices, max_rows = num_tokens * shape.top_k, config.integer("max_rows")
+    num_stages = config.integer("num_stages")
+    tile_bytes = TILE_BYTES * tile_capacity(num_choices, max_rows, shape.num_experts)
+    table_bytes = TILE_BYTES * table_tiles(shape, max_rows, num_stages)
+    orders = num_choices <= MOST_ORDERED_CHOICES and config.integer("num_in_flight") < num_stages
+    if orders and tile_bytes + CHOICE_BYTES * num_choices <= table_bytes:
+        return "ids"
+    return "choices" if num_choices <= sm90_order.MAX_CHOICES and tile_bytes <= table_bytes else "tiles"
 
 
 def exchange(
@@ -313,21 +320,24 @@ def default_max_rows(shape: MoEShape, num_tokens: int) -> int:
     """The least height that holds the rows of most routed experts, their mean and 1.9 standard deviations, times what
     skew is worth.
 
-    Under a law that is not uniform a few experts have many rows, and their weights are read once for each tile. A
-    kernel for tall tiles is some 2 us slower on low ones, since it has more code, which is little where experts are
-    large; and only where there are many experts is skew to be expected (experiments/2026-11-28_heights, _code_size).
+    Under a law that is not uniform a few experts have many rows, and their weights are read once for each tile. Taller
+    tiles take longer where experts are small: there they are worth it only if 8 rows would not do
+    (experiments/2026-11-28_heights, 2026-11-28_order).
     """
     rows = shape.expected_rows(num_tokens)
-    wanted = (rows + 1.9 * math.sqrt(max(rows - 1.0, 0.0))) * _skew(shape)
+    wanted = rows + 1.9 * math.sqrt(max(rows - 1.0, 0.0))
+    wanted *= _skew(shape, needs_taller=wanted > MAX_ROWS[0])
     fitting = max_rows_that_fit(shape)
     return next((height for height in fitting if height >= wanted), fitting[-1])
 
 
-def _skew(shape: MoEShape) -> float:
+def _skew(shape: MoEShape, *, needs_taller: bool) -> float:
     """How much taller tiles are than those that uniform routing asks for."""
     expert_bytes = 3 * shape.intermediate_size * shape.hidden_size
-    if shape.num_experts < FEWEST_EXPERTS_WITH_SKEW or expert_bytes < 1.2e6:
+    if shape.num_experts < FEWEST_EXPERTS_WITH_SKEW:
         return 1.0
+    if expert_bytes < 1.2e6:
+        return 2.8 if needs_taller else 1.0
     return 2.0 if expert_bytes < 4e6 else 3.5
 
 

@@ -7,18 +7,20 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
-import torch
-
-from kernels_cuda import activation_form, sm90_combine, sm90_fill, sm90_prologue, workspace
+from kernels_cuda import activation_form, sm90_combine, sm90_fill, sm90_order, sm90_prologue, workspace
 from kernels_cuda.calls import Call, ReadyCalls
 from kernels_cuda.launch import Launch
 from kernels_cuda.workspace import FILLED
 from reference.routing import TiledRouting
-from workbench.problem import MoEInputs, MoEShape, MoEWeights
+from workbench.problem import MoEInputs, MoEWeights
 from workbench.variant import Config
 
 Given = Literal["tokens", "quantised", "tiled"]
 """What of a batch is there: bf16 tokens and routing, quantised tokens and routing, or quantised tokens and tiles."""
+
+Takes = Literal["tiles", "choices", "ids"]
+"""What a kernel takes of the routing: tiles and the choices in their order, these choices and how many each expert has,
+or `topk_ids` alone."""
 
 Key = tuple[int, Given, Config]
 """What the launches of a call depend on: the number of tokens, what of the batch is there, and the config."""
@@ -60,76 +62,60 @@ def make_call(
     launches: Sequence[tuple[Launch, Mapping[str, str]]],
     *,
     marked: bool,
-    routes: bool = False,
+    takes: Takes = "tiles",
 ) -> Call:
-    """A call of `key`: a launch that makes what is missing of the batch and fills memory, then `launches`, and in the
+    """A call of `key`: launches that make what is missing of the batch and fill memory, then `launches`, and in the
     deterministic form the sum of each token's rows in the part "contributions".
 
     filled     bytes of the parts that are filled: with zeros, or if `marked` with ones, and then `out` with zeros
     others     bytes of the other parts that `launches` hand each other
     launches   as ReadyCalls.make() takes them
-    routes     the first of them takes the choices as they are
+    takes      what the first of them takes of a batch that is not in tiles
     """
     num_tokens, given, config = key
     shape, device, max_rows = prepared.weights.shape, prepared.weights.device, config.integer("max_rows")
-    num_out_bytes = num_tokens * shape.hidden_size * 2
-    groups = given != "tiled" and not routes
-    others = {**others, **_missing_parts(given, groups, shape, num_tokens, max_rows)}
+    num_out_bytes, num_choices = num_tokens * shape.hidden_size * 2, num_tokens * shape.top_k
+    others = dict(others)
+    # Of the last launch ahead, as arguments of sm90_prologue.bind().
+    work: dict[str, Any] = {}
+    if given == "tokens":
+        others |= sm90_prologue.quantised_parts(num_tokens, shape.hidden_size)
+        work = {"num_values": num_tokens * shape.hidden_size}
+        work["power_of_two_scales"] = activation_form.power_of_two_scales(shape)
+    orders, groups = given != "tiled" and takes == "choices", given != "tiled" and takes == "tiles"
+    if orders:
+        others |= sm90_order.parts(num_choices)
+    if groups:
+        others |= sm90_prologue.tile_parts(num_choices, shape.num_experts, max_rows)
+        work |= {"num_choices": num_choices, "num_experts": shape.num_experts, "max_rows": max_rows}
     if prepared.deterministic:
-        others = {**others, "contributions": shape.top_k * num_out_bytes}
+        others["contributions"] = shape.top_k * num_out_bytes
         launches = [*launches, (sm90_combine.bind(device, num_tokens, shape), {})]
     parts = workspace.layout(filled, others)
-    zeros_and_ones = (num_out_bytes, parts.num_filled_bytes) if marked else (parts.num_filled_bytes, 0)
-    first = _bind_first(given, groups, shape, num_tokens, max_rows, device, *zeros_and_ones)
-    fields = ("poison", "ones") if marked else ("out", "zeros")  # of sm90_prologue, of sm90_fill
-    return prepared.calls.make(key, device, parts, [(first, dict.fromkeys(fields, FILLED)), *launches])
+    fills: dict[str, Any] = {"num_out_bytes": num_out_bytes, "num_poison_bytes": parts.num_filled_bytes}
+    if not marked:
+        fills = {"num_out_bytes": parts.num_filled_bytes}
+    if work:
+        last = sm90_prologue.bind(device, **work, **fills, leaves_room=not groups, overlap_previous=orders)
+    else:
+        last = sm90_fill.bind(device, **fills, overlap_previous=orders)
+    ahead = [(last, {"poison" if marked else "out": FILLED})]
+    if orders:
+        ahead = [(sm90_order.bind(device, num_choices, shape.num_experts), {}), *ahead]
+    return prepared.calls.make(key, device, parts, [*ahead, *launches])
 
 
-def _missing_parts(what: Given, groups: bool, shape: MoEShape, num_tokens: int, max_rows: int) -> Mapping[str, int]:
-    """Bytes of what the first launch has to make, by the names of kernels' parameters."""
-    num_choices = num_tokens * shape.top_k
-    parts = sm90_prologue.tile_parts(num_choices, shape.num_experts, max_rows) if groups else {}
-    return parts | (sm90_prologue.quantised_parts(num_tokens, shape.hidden_size) if what == "tokens" else {})
-
-
-def _bind_first(
-    what: Given,
-    groups: bool,
-    shape: MoEShape,
-    num_tokens: int,
-    max_rows: int,
-    device: torch.device,
-    num_zero_bytes: int,
-    num_one_bytes: int,
-) -> Launch:
-    """The launch that makes the missing parts. It also clears and sets every bit of memory of so many bytes, multiples
-    of 16: sm90_fill's `zeros` and `ones` if nothing is missing, else sm90_prologue's `out` and `poison`."""
-    if what != "tokens" and not groups:
-        return sm90_fill.bind(device, num_zero_bytes=num_zero_bytes, num_one_bytes=num_one_bytes)
-    return sm90_prologue.bind(
-        device,
-        num_out_bytes=num_zero_bytes,
-        num_values=num_tokens * shape.hidden_size if what == "tokens" else 0,
-        num_choices=num_tokens * shape.top_k if groups else 0,
-        num_experts=shape.num_experts,
-        max_rows=max_rows,
-        num_poison_bytes=num_one_bytes,
-        power_of_two_scales=activation_form.power_of_two_scales(shape),
-        leaves_room=not groups,
-    )
-
-
-def write_addresses(what: Given, inputs: MoEInputs, first: Any, kernel: Any, *, routes: bool = False) -> None:
-    """Write where `inputs` are into the parameters of the first launch and of the kernel, which takes tiles or
-    `routes`."""
+def write_addresses(what: Given, inputs: MoEInputs, takes: Takes, ahead: Sequence[Any], kernel: Any) -> None:
+    """Write where `inputs` are into the parameters of the launches ahead and of the kernel, which takes this of a batch
+    that is not in tiles."""
     if what == "tiled":
         routing: Any = inputs.aligned
         kernel.sorted_choices = routing.sorted_choices.data_ptr()
         kernel.tiles = routing.tiles.data_ptr()
     else:
-        (kernel if routes else first).topk_ids = inputs.topk_ids.data_ptr()
+        (kernel if takes == "ids" else ahead[0]).topk_ids = inputs.topk_ids.data_ptr()
     if what == "tokens":
-        first.x = inputs.tokens.data_ptr()
+        ahead[-1].x = inputs.tokens.data_ptr()
     else:
         x_q: Any = inputs.x_q
         x_scale: Any = inputs.x_scale

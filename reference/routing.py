@@ -28,8 +28,8 @@ class TiledRouting:
     """Choices grouped by expert without padding, and the tiles that each group is cut into.
 
     A group of c rows becomes n = ceil(c / max_rows) tiles of c / n rows rounded up to a multiple of 8, the last of what
-    is left. Tiles are ordered by the height of their expert's tiles, high ones first, then by expert and first row:
-    those that take the same weights stand beside each other.
+    is left. Tiles are ordered by the height of their expert's tiles, in three classes - above 7/8 of `max_rows`, above
+    5/8, and the others - then by expert and first row: those that take the same weights stand beside each other.
     """
 
     sorted_choices: torch.Tensor
@@ -122,7 +122,8 @@ def tile_rows(topk_ids: torch.Tensor, max_rows: int, num_experts: int) -> TiledR
     start = _rank(experts, num_tiles) * heights[experts]  # within the group
     first_row = (counts.cumsum(0) - counts)[experts] + start
     num_rows = torch.minimum(heights[experts], counts[experts] - start)
-    order = heights[experts].argsort(descending=True, stable=True)
+    height_class = (((max_rows - heights) * 8 // max_rows + 1) // 2).clamp(max=2)
+    order = height_class[experts].argsort(stable=True)
 
     sorted_choices = torch.zeros(num_choices, dtype=torch.int32, device=device)
     sorted_choices[: len(choices)] = choices.int()

@@ -13,9 +13,9 @@ from emulation import emulator
 from emulation.emulator import Device, EmulationError, Grid, Kernel, Source, emulate, emulated
 
 from kernels_cuda import compile as cuda_compile
-from kernels_cuda import sm90_prologue, weight_tiles
+from kernels_cuda import sm90_order, sm90_prologue, weight_tiles
 from kernels_cuda.sm90_fused import SM90Fused, most_stages
-from kernels_cuda.sm90_stream import SM90Stream, SM90StreamDeterministic, works_out_tiles
+from kernels_cuda.sm90_stream import SM90Stream, SM90StreamDeterministic, taken
 from reference.layout import interleave
 from reference.quant import quantise_activations
 from reference.routing import align_block_size, tile_rows
@@ -141,14 +141,15 @@ def test_stream_is_right_under_any_interleaving(case, max_parts, law, dropped):
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "max_rows", "themselves"), [(1, 8, True), (50, 24, True), (170, 64, True), (470, 8, False)]
+    ("num_tokens", "max_rows", "takes"),
+    [(1, 8, "ids"), (50, 24, "ids"), (170, 64, "ids"), (300, 16, "choices"), (470, 48, "choices"), (470, 8, "choices")],
 )
 @pytest.mark.parametrize("variant", [SM90Stream(), SM90StreamDeterministic()], ids=lambda variant: variant.name)
-def test_ctas_work_out_the_tiles_themselves(variant, num_tokens, max_rows, themselves):
+def test_ctas_list_the_tiles_and_order_the_choices_themselves(variant, num_tokens, max_rows, takes):
     weights, inputs = batch(MoEShape(40, 256, 128, 6), num_tokens, "zipf:1.2", dropped=0.3)
     inputs.topk_ids[:, -1] = inputs.topk_ids[:, 0]  # an expert twice
     config = stream_config(variant, weights, num_tokens, max_rows)
-    assert works_out_tiles(weights.shape, num_tokens, config) == themselves
+    assert taken(weights.shape, num_tokens, config) == takes
     for given in (inputs, inputs.quantise()):
         out = output(variant, weights, given, config, num_sms=8, seed=num_tokens, aligned=False)
         assert error(out, weights, inputs) < TOLERANCE
@@ -183,9 +184,9 @@ def test_deterministic_stream_gives_the_same_bits_under_any_interleaving_and_in_
         (3, 4, 5, 8, 0.4),
         (64, 10, 512, 64, 0.4),
         (5, 2, 8, 8, 1.0),
-        (128, 8, 16, 8, 0.1),  # as many choices as two for each thread
+        (128, 8, 16, 8, 0.1),
         (129, 8, 16, 8, 0.0),
-        (60, 6, 24, 16, 0.2),  # few choices in tiles of two heights
+        (60, 6, 24, 16, 0.2),
         (128, 8, 1024, 16, 0.0),
         (300, 8, 40, 128, 0.0),
         (700, 3, 5, 272, 0.3),
@@ -238,6 +239,34 @@ def test_prologue_routes_many_choices_by_clusters():
     assert torch.equal(tiled.tiles, expected.tiles)
     experts = topk_ids.flatten()
     assert torch.equal(experts[tiled.sorted_choices], experts[expected.sorted_choices])
+
+
+# ---- sm90_order
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "dropped"),
+    [(1, 9, 0.0), (40, 1000, 0.3), (300, 40, 1.0), pytest.param(3000, 257, 0.2, marks=pytest.mark.slow)],
+)
+def test_choices_come_in_the_order_of_their_experts(num_tokens, num_experts, dropped):
+    generator = torch.Generator().manual_seed(0)
+    topk_ids = (torch.rand(num_tokens, 9, generator=generator) ** 2 * num_experts).int()
+    topk_ids[torch.rand(topk_ids.shape, generator=generator) < dropped] = -1
+    experts = topk_ids.flatten()
+    for seed in SEEDS[:2]:
+        with emulated(num_sms=8, seed=seed):
+            launch = sm90_order.bind(CPU, experts.numel(), num_experts)
+            parts = {name: torch.full((size // 4,), -7).int() for name, size in sm90_order.parts(len(experts)).items()}
+            for name, part in parts.items():
+                setattr(launch.params, name, part.data_ptr())
+            launch.params.topk_ids = topk_ids.data_ptr()
+            launch.enqueue(0)
+        here = experts[experts >= 0]
+        assert torch.equal(parts["expert_choices"], here.bincount(minlength=sm90_order.MAX_EXPERTS).int())
+        num_rows = len(here)
+        choices = parts["sorted_choices"][:num_rows]
+        assert torch.equal(experts[choices], here.sort().values)
+        assert len(choices.unique()) == num_rows
 
 
 # ---- the emulation itself

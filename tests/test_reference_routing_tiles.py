@@ -14,8 +14,8 @@ def round_up_to_8(rows: int) -> int:
 
 
 def tiles_one_by_one(ids: list[int], max_rows: int, num_experts: int) -> list[tuple[int, int, int, int]]:
-    """(expert, first row, rows, tiles of the expert), by cutting each expert's rows in turn; high ones first."""
-    tiles_by_height: dict[int, list[tuple[int, int, int, int]]] = {}
+    """(expert, first row, rows, tiles of the expert), by cutting each expert's rows in turn; the highest first."""
+    tiles_by_class: dict[int, list[tuple[int, int, int, int]]] = {}
     first_row = 0
     for expert in range(num_experts):
         end = first_row + ids.count(expert)
@@ -24,9 +24,11 @@ def tiles_one_by_one(ids: list[int], max_rows: int, num_experts: int) -> list[tu
         num_tiles = -(-(end - first_row) // height)
         while first_row < end:
             num_rows = min(height, end - first_row)
-            tiles_by_height.setdefault(height, []).append((expert, first_row, num_rows, num_tiles))
+            height_class = 0 if 8 * height > 7 * max_rows else 1 if 8 * height > 5 * max_rows else 2
+            tiles = tiles_by_class.setdefault(height_class, [])
+            tiles.append((expert, first_row, num_rows, num_tiles))
             first_row += num_rows
-    return [tile for _, tiles in sorted(tiles_by_height.items(), reverse=True) for tile in tiles]
+    return [tile for _, tiles in sorted(tiles_by_class.items()) for tile in tiles]
 
 
 @settings(deadline=None, max_examples=120)

@@ -15,6 +15,7 @@ from kernels_cuda.sm90 import NUM_SMS, SMEM_BYTES
 from kernels_cuda.sm90_stream import (
     FLAG_BYTES,
     FLAGGED_PARTS,
+    FORMS,
     MAX_ROWS,
     MAX_STAGES,
     SM90Stream,
@@ -26,7 +27,7 @@ from kernels_cuda.sm90_stream import (
     most_buffers,
     most_stages,
     smem_bytes,
-    works_out_tiles,
+    taken,
 )
 from kernels_triton.compile import disassemble
 from workbench.errors import CompileError
@@ -54,8 +55,8 @@ def compiled_cases() -> list[tuple[MoEShape, Config]]:
 
 @pytest.mark.parametrize(("shape", "config"), compiled_cases(), ids=str)
 def test_every_offered_config_compiles_without_spills_or_warnings(shape, config):
-    taking_tiles, routing = SM90Stream().compile(shape, [config])[-2:]
-    for report in (taking_tiles, routing):
+    reports = SM90Stream().compile(shape, [config])[-len(FORMS) :]
+    for report in reports:
         assert report.kernel == "sm90_stream"
         assert report.clean, report
         assert report.static_smem_bytes + report.dynamic_smem_bytes <= SMEM_BYTES
@@ -78,8 +79,8 @@ def test_kernels_of_small_batches_have_less_code_than_costs_time(alias, num_toke
     """experiments/2026-11-28_code_size."""
     shape = shape_of_alias(alias)
     config = next(iter(SM90Stream().configs(shape, num_tokens)))
-    for routes in (False, True):
-        cubin, _ = sm90_stream._compile(config, shape, NUM_SMS, False, routes)
+    for takes in FORMS:
+        cubin, _ = sm90_stream._compile(config, shape, NUM_SMS, False, takes)
         assert code_bytes(cubin) <= MOST_CODE_BYTES
 
 
@@ -88,16 +89,19 @@ def code_bytes(cubin: Cubin) -> int:
     return 16 * len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", disassemble(cubin.path), re.MULTILINE))
 
 
-def test_ctas_work_out_the_tiles_of_small_batches_themselves():
-    def works_out(shape, num_tokens, **changes):
+def test_ctas_list_tiles_and_order_choices_where_there_is_room():
+    def takes(shape, num_tokens, **changes):
         config = Config(**{**next(iter(SM90Stream().configs(shape, num_tokens))), **changes})
-        return works_out_tiles(shape, num_tokens, config)
+        return taken(shape, num_tokens, config)
 
-    assert all(works_out(shape, 64) for shape in SHAPES)
-    assert works_out(DSV3_TP16, 156)
-    assert not works_out(DSV3_TP16, 157)  # 1413 choices: more than four for each thread
-    assert not works_out(MoEShape(1024, 512, 256, 16), 64)  # tiles and choices do not fit the table
-    assert not works_out(DSV3_TP16, 1, num_in_flight=6)  # the last stage is not free meanwhile
+    assert all(takes(shape, 64) == "ids" for shape in SHAPES)
+    assert takes(DSV3_TP16, 156) == "ids"
+    assert takes(DSV3_TP16, 157) == "choices"  # 1413 choices: more than four for each thread
+    assert takes(MoEShape(1000, 512, 256, 16), 64) == "choices"  # choices do not fit the table beside the tiles
+    assert takes(MoEShape(1024, 512, 256, 64), 64) == "tiles"  # nor tiles alone
+    assert takes(shape_of_alias("qwen3next_tp4"), 2048) == "choices"
+    assert takes(DSV3_TP16, 4096) == "tiles"  # more choices than one launch puts in order
+    assert takes(DSV3_TP16, 1, num_in_flight=6) == "choices"  # the last stage is not free meanwhile
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, WIDE], ids=str)
@@ -125,7 +129,7 @@ def test_tiles_are_taller_where_experts_are_large_and_many():
     large, small, few = DSV3_TP8, shape_of_alias("qwen3next_tp4"), MoEShape(8, 7168, 256, 2)
     assert [default_max_rows(large, tokens) for tokens in (16, 64, 256, 512)] == [8, 16, 48, 64]
     assert [default_max_rows(DSV3_TP16, tokens) for tokens in (16, 64, 256, 512)] == [8, 16, 32, 48]
-    assert [default_max_rows(small, tokens) for tokens in (64, 256, 512, 1024)] == [8, 16, 16, 32]
+    assert [default_max_rows(small, tokens) for tokens in (64, 256, 512, 1024)] == [8, 32, 48, 64]
     assert [default_max_rows(few, tokens) for tokens in (16, 32, 64)] == [8, 16, 24]
 
 
@@ -233,6 +237,7 @@ def test_sources_are_all_files_that_decide_what_runs():
         "stream_math.cuh",
         "sm90_prologue.cu",
         "sm90_fill.cu",
+        "sm90_order.cu",
         "weight_tiles.py",
         "launch.py",
     } <= names

@@ -16,6 +16,7 @@ from kernels_cuda import sm90_fused, sm90_prefill, sm90_stream
 from kernels_cuda.compile import Cubin
 from kernels_cuda.sm90 import NUM_SMS
 from kernels_cuda.sm90_stream import SM90Stream
+from kernels_cuda.tiled_inputs import Takes
 from kernels_triton.compile import disassemble
 from workbench.models import shape_of_alias
 from workbench.problem import MoEShape
@@ -60,11 +61,12 @@ def test_the_phases_of_prefill(shape: MoEShape) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "routes"), [(1, False), (1, True), (64, False), (64, True), (512, False), (2048, False)]
+    ("num_tokens", "takes"),
+    [(1, "tiles"), (1, "ids"), (64, "tiles"), (64, "ids"), (256, "choices"), (512, "tiles"), (2048, "tiles")],
 )
-def test_stream(num_tokens: int, routes: bool) -> None:
+def test_stream(num_tokens: int, takes: Takes) -> None:
     config = next(iter(SM90Stream().configs(SHAPES[0], num_tokens)))
-    cubin = sm90_stream._compile(config, SHAPES[0], NUM_SMS, False, routes)[0]
+    cubin = sm90_stream._compile(config, SHAPES[0], NUM_SMS, False, takes)[0]
     if config.integer("max_rows") > 16:  # up to which products of the up phase are not those of wgmma
         assert_few_moves(cubin)
     assert_no_loop_over_lanes(cubin)

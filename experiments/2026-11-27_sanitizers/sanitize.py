@@ -102,6 +102,7 @@ CASES = (
     Case(SMALL, 1150, STREAM, stream_heights(8, max_parts=FLAGGED_PARTS)),
     Case(SMALL, 1250, STREAM[:1], stream_heights(8, max_parts=FLAGGED_PARTS)),
     Case(TWO_CHUNKS, 900, STREAM, stream_heights(8, 64, max_parts=FLAGGED_PARTS), "one-expert"),
+    Case(SMALL, 8500, STREAM[:1], stream_heights(64, max_parts=FLAGGED_PARTS)),  # choices in order by a large cluster
     Case(MoEShape(3, 384, 192, 2), 40, STREAM, stream_heights(24)),  # half a chunk, half a group of columns
     # All heights of tiles, all slabs; the last items are shared to the step of K.
     Case(LONG_K, 600, PREFILL, everything),

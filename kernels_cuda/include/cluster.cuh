@@ -10,9 +10,12 @@ __device__ __forceinline__ uint32_t cta_rank() {
     return rank;
 }
 
-// All threads of all CTAs of the cluster.
+// All threads of all CTAs of the cluster: wait() returns when all have come to arrive().
+__device__ __forceinline__ void arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ __forceinline__ void sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    arrive();
+    wait();
 }
 
 // The address, in the cluster's shared window, of this CTA's `local` address in CTA `cta_rank`.

@@ -26,12 +26,11 @@ struct Activations {
     }
 
     // Stores the sums of a piece of the up phase, 64 rows of gate and up for each warpgroup.
-    template <uint32_t kRows>
-    __device__ __forceinline__ void store_sums(const Tile& tile, const Piece& piece, const float (&gate)[kRows / 2],
-                                               const float (&up)[kRows / 2]) const {
+    __device__ __forceinline__ void store_sums(const Tile& tile, const Piece& piece, const float (&gate)[kMaxRows / 2],
+                                               const float (&up)[kMaxRows / 2]) const {
         float4* const part = sums(tile, piece.item % kNumChunks, piece.part) + warp * 8 + lane / 4;
 #pragma unroll
-        for (uint32_t j = 0; j < kRows / 8; ++j) {
+        for (uint32_t j = 0; j < kMaxRows / 8; ++j) {
 #pragma unroll
             for (uint32_t b = 0; b < 2; ++b) {
                 const uint32_t row = 8 * j + 2 * (lane % 4) + b;
@@ -53,12 +52,11 @@ struct Activations {
     }
 
     // The activations of a job whose sums this CTA has, quantised per row: `target` as wgmma reads them, and their scales,
-    // those of row `thread` times `weight`. Written after a first barrier, before which other threads may still read both.
-    template <uint32_t kRows>
-    __device__ __forceinline__ void of_own_sums(const Tile& tile, float (&gate)[kRows / 2], const float (&up)[kRows / 2],
-                                                uint8_t* target, float* target_scale, float weight) const {
+    // times the rows' weights in `out`. Written after a first barrier, before which other threads may still read both.
+    __device__ __forceinline__ void of_own_sums(const Tile& tile, float (&gate)[kMaxRows / 2], const float (&up)[kMaxRows / 2],
+                                                uint8_t* target, float* target_scale, const float* row_weight) const {
 #pragma unroll
-        for (uint32_t j = 0; j < kRows / 8; ++j) {
+        for (uint32_t j = 0; j < kMaxRows / 8; ++j) {
             float amax[2] = {};
 #pragma unroll
             for (uint32_t i = 0; i < 4; ++i) {
@@ -80,11 +78,11 @@ struct Activations {
             for (uint32_t w = 0; w < kNumMathWarps; ++w) amax = fmaxf(amax, shared.row_amax[w][thread]);
             const float scale = p.form.scale(amax);
             shared.inverse_scale[thread] = 1.f / scale;
-            target_scale[thread] = scale * weight;
+            target_scale[thread] = scale * (row_weight[thread] * p.routed_scaling_factor);
         }
         named_barrier(kMathBarrier, kNumMathThreads);
 #pragma unroll
-        for (uint32_t j = 0; j < kRows / 8; ++j) {
+        for (uint32_t j = 0; j < kMaxRows / 8; ++j) {
 #pragma unroll
             for (uint32_t b = 0; b < 2; ++b) {
                 const uint32_t row = 8 * j + 2 * (lane % 4) + b;
@@ -106,13 +104,13 @@ struct Activations {
     __device__ __forceinline__ void of_stored_sums(const Tile& tile, uint32_t job, uint32_t num_parts, uint8_t* target,
                                                    float* target_scale, const float* row_weight) const {
         constexpr uint32_t kParts = kFlagged ? 4 : 16 / kPasses;
-        constexpr uint32_t kRowsAtOnce = kNumMathThreads / kRowVectors;
+        constexpr uint32_t kMaxRowsAtOnce = kNumMathThreads / kRowVectors;
         const uint32_t vector = thread % kRowVectors, first_row = thread / kRowVectors;
         const uint32_t channel = vector / 32 * 64 + vector / 8 % 4 * 16 + vector % 8;  // and channel + 8
         const float4* const parts = sums(tile, job % kNumChunks, 0) + vector;
         if constexpr (kFlagged) exchange::await(reinterpret_cast<const uint4*>(flags(job, vector / 8)), num_parts);
 #pragma unroll 1
-        for (uint32_t base = 0; base < tile.num_rows; base += kPasses * kRowsAtOnce) {
+        for (uint32_t base = 0; base < tile.num_rows; base += kPasses * kMaxRowsAtOnce) {
             float4 sum[kPasses];
 #pragma unroll
             for (uint32_t pass = 0; pass < kPasses; ++pass) sum[pass] = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -121,11 +119,11 @@ struct Activations {
                 float4 value[kPasses * kParts];
                 const float4* const first = parts + ((base + first_row) * kMaxParts + first_part) * kRowVectors;
                 const auto wanted = [&](uint32_t i) {
-                    const uint32_t row = base + i / kParts * kRowsAtOnce + first_row, part = first_part + i % kParts;
+                    const uint32_t row = base + i / kParts * kMaxRowsAtOnce + first_row, part = first_part + i % kParts;
                     return row < tile.num_rows && part < num_parts;
                 };
                 const auto address = [&](uint32_t i) {
-                    return first + (i / kParts * kRowsAtOnce * kMaxParts + i % kParts) * kRowVectors;
+                    return first + (i / kParts * kMaxRowsAtOnce * kMaxParts + i % kParts) * kRowVectors;
                 };
                 if constexpr (kFlagged)
                     exchange::load_flagged(value, wanted, address);
@@ -147,7 +145,7 @@ struct Activations {
             named_barrier(kMathBarrier, kNumMathThreads);
 #pragma unroll
             for (uint32_t pass = 0; pass < kPasses; ++pass) {
-                const uint32_t row = base + pass * kRowsAtOnce + first_row;
+                const uint32_t row = base + pass * kMaxRowsAtOnce + first_row;
                 if (row >= tile.num_rows) break;
                 const float amax = fmaxf(shared.amax[pass][warp], shared.amax[pass][warp ^ 1]);
                 const float scale = p.form.scale(amax);
@@ -171,8 +169,8 @@ struct Activations {
             of_stored_sums<2>(tile, job, num_parts, target, target_scale, row_weight);
     }
 
-    // Hands the activations of a job, in `outgoing`, to all CTAs: thread `row` has that row's weight in `out`. When a thread
-    // returns, others may still read `outgoing`: until the first barrier of what fills it next.
+    // Hands the activations of a job, in `outgoing`, to all CTAs: thread `row` has by what that row's scale is still to be
+    // multiplied. When a thread returns, others may still read `outgoing`: until the first barrier of what fills it next.
     __device__ __forceinline__ void publish(const Tile& tile, uint32_t chunk, float weight) const {
         if (thread < tile.num_rows)
             exchange::store(p.activation_scales + (tile.first_row + thread) * kNumChunks + chunk,

@@ -10,7 +10,8 @@ constexpr uint32_t kNumStages = NUM_STAGES;
 constexpr uint32_t kNumInFlight = NUM_IN_FLIGHT;
 constexpr uint32_t kNumCtas = NUM_CTAS;
 constexpr bool kDeterministic = DETERMINISTIC;
-constexpr bool kRoutes = ROUTES;
+constexpr bool kListsTiles = LISTS_TILES;
+constexpr bool kOrdersChoices = ORDERS_CHOICES;
 
 constexpr uint32_t kTileK = 128;                                       // bytes of K in a stage: one swizzle row
 constexpr uint32_t kTileRows = 128;                                    // weight rows in each half of a stage
@@ -51,5 +52,7 @@ constexpr uint32_t kNumTokenStages = kMaxRows <= 32 || kNumStages < 4 ? kNumStag
 
 static_assert(kTableTiles % kNumMathThreads == 0, "each thread copies as many");
 static_assert(kMaxParts >= 4, "jobs are cut into 4 or more parts");
+static_assert(kListsTiles || !kOrdersChoices, "who orders the choices lists the tiles");
+static_assert(!kOrdersChoices || kNumInFlight < kNumStages, "meanwhile the last stage holds counts");
 static_assert(kNumBuffers <= kNumGatherWarps, "a warp has one buffer");
 static_assert(kMaxRows <= 32 ? kMaxRows % 8 == 0 : kMaxRows == 48 || kMaxRows == 64, "tiles of 8, 16, 24, 32, 48 or 64 rows");

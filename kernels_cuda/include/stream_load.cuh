@@ -15,7 +15,6 @@ struct TilesAtStart {
     uint32_t number, other;
     int32_t low_expert, other_expert;
 
-    __device__ __forceinline__ TilesAtStart() : number(0), other(0), low_expert(0), other_expert(0) {}
     __device__ __forceinline__ explicit TilesAtStart(const Params& p) {
         const uint32_t lane = threadIdx.x % 32, last = p.tile_capacity - 1;
         other = lane + 29;  // 32.. and the first tile where items are whole, in 4 parts, in fine ones
@@ -43,23 +42,26 @@ struct WeightLoader {
 
     __device__ __forceinline__ WeightLoader(const Params& p, SharedStorage& shared) : p(p), shared(shared) {}
 
-    // The loads for which nothing has to be waited for, before other warps use the barriers.
-    __device__ __forceinline__ void start() {
-        const TilesAtStart tiles = kRoutes ? TilesAtStart{} : TilesAtStart(p);
-        if constexpr (!kRoutes) {
-            if (elect_one()) {
-                init_barriers();
-                shared.num_tiles = tiles.number;
-            }
-            __syncwarp();
+    // The loads for which nothing has to be waited for, before other warps use the barriers; here of tiles that another
+    // kernel has listed.
+    __device__ __forceinline__ void start_with_given_tiles() {
+        const TilesAtStart tiles(p);
+        if (elect_one()) {
+            init_barriers();
+            shared.num_tiles = tiles.number;
         }
-        const uint32_t num_tiles = kRoutes ? shared.num_tiles : tiles.number;
+        __syncwarp();
+        start(tiles.number, [&](uint32_t tile) { return tiles.expert(p, tile); });
+    }
+
+    // The same of so many tiles, of which expert_of() tells the experts.
+    template <typename ExpertOf>
+    __device__ __forceinline__ void start(uint32_t num_tiles, ExpertOf expert_of) {
         if (num_tiles == 0) return;
         const Schedule schedule(num_tiles);
         if (schedule.first_ticket() >= schedule.num_up) return;
         const Piece piece = schedule.piece(schedule.first_ticket());
-        const uint32_t tile = piece.item / kNumChunks;
-        const uint32_t expert = kRoutes ? shared.tiles[tile].expert : tiles.expert(p, tile);
+        const uint32_t expert = expert_of(piece.item / kNumChunks);
 #pragma unroll 1
         for (uint32_t k = piece.first_unit; k < early_end(piece); ++k, ++num_loads)
             issue(up_stage(expert, piece.item % kNumChunks, k), kStageBytes);
@@ -145,11 +147,12 @@ struct WeightLoader {
             if (piece.phase == kEnd) break;
             const bool takes = !schedule.few && (!kFuses || piece.phase != kFusedUp);
             uint32_t taken = 0;
-            if (takes) {
-                if (!counter_is_set) grid_dependency::wait();  // by the previous kernel, to -1
+            if (takes && !counter_is_set) {  // by the previous kernel, to -1
+                if (begun) piece.first_unit = fill_ring(piece);
+                grid_dependency::wait();
                 counter_is_set = true;
-                if (threadIdx.x % 32 == 0) taken = atomicAdd(p.ticket_counter, 1u);
             }
+            if (takes && threadIdx.x % 32 == 0) taken = atomicAdd(p.ticket_counter, 1u);
             first = false;
             load_units(piece);  // while the ticket is on its way
             if (takes)
@@ -158,6 +161,16 @@ struct WeightLoader {
                 ticket = schedule.next_ticket(ticket);
             piece = kFuses && piece.phase == kFusedUp ? Schedule::following(piece) : schedule.piece(ticket);
         }
+    }
+
+    // Loads as much of the first piece, which is of the up phase, as there is room for. Returns the first unit that is left.
+    __device__ __forceinline__ uint32_t fill_ring(const Piece& piece) {
+        const uint32_t expert = registers::uniform(tile_at(p, shared, piece.item / kNumChunks).expert);
+        const uint32_t end = min(piece.last_unit, piece.first_unit + kNumStages - kNumInFlight);
+        uint32_t unit = piece.first_unit;
+#pragma unroll 1
+        for (; unit < end; ++unit) load(up_stage(expert, piece.item % kNumChunks, unit), kStageBytes);
+        return unit;
     }
 
     __device__ __forceinline__ void load_units(const Piece& piece) {
@@ -199,7 +212,7 @@ struct Gatherer {
         : p(p), shared(shared), thread(thread) {}
 
     __device__ __forceinline__ void run() {
-        if (kRoutes && p.inputs_from_previous_kernel) grid_dependency::wait();  // for tokens
+        if (kOrdersChoices && p.inputs_from_previous_kernel) grid_dependency::wait();  // for tokens
         const bool few = Schedule(registers::uniform(shared.num_tiles)).few;
 #pragma unroll 1
         for (QueuePosition queue;; queue.advance()) {

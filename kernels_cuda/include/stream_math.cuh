@@ -5,18 +5,9 @@
 #include "stream_activations.cuh"
 #include "stream_products.cuh"
 
-// The heights that products have: a multiple of 16 rows, or kMaxRows. More of them would save nothing while weights are
-// waited for, and each takes its place in the instruction caches.
-constexpr uint32_t kLeastHeight = kMaxRows < 16 ? kMaxRows : 16;
-__device__ __forceinline__ constexpr uint32_t next_height(uint32_t rows) {
-    return rows + 16 < kMaxRows ? rows + 16 : kMaxRows;
-}
-
-// Where activations for this CTA and for all are two calls, though one is less code: else registers are spilled.
-constexpr bool kSpillsInOneCall = kMaxRows == 24 && kNumChunks == 1 && !kRoutes;
-
 // Two warpgroups: each 64 gate rows and the same 64 up rows of the chunk, then every other group of columns or half of the
-// tokens.
+// tokens. Products are of kMaxRows rows, whatever a tile has: forms for lower tiles would save nothing while weights are waited
+// for, and each takes its place in the instruction caches (experiments/2026-11-28_order).
 struct Math {
     const Params& p;
     SharedStorage& shared;
@@ -33,44 +24,36 @@ struct Math {
         : p(p), shared(shared), weights{shared, {}}, activations(p, shared) {}
 
     // Some K tiles of one job: gate and up sums of 64 rows each, stored for whoever adds up the job's pieces. If these are all
-    // of them (`whole`), on to the job's activations, for all CTAs or, of a fused tile, for this one. Row r has row_weight[r].
-    template <uint32_t kRows>
+    // of them (`whole`), on to the job's activations, for all CTAs or, of a fused tile, for this one. Row r has weight
+    // row_weight[r].
     __device__ __forceinline__ void project_up(const Tile& tile, const Piece& piece, bool whole, const float* row_weight) {
-        float gate[kRows / 2], up[kRows / 2];
+        float gate[kMaxRows / 2], up[kMaxRows / 2];
 #pragma unroll
-        for (uint32_t i = 0; i < kRows / 2; ++i) gate[i] = up[i] = 0.f;
+        for (uint32_t i = 0; i < kMaxRows / 2; ++i) gate[i] = up[i] = 0.f;
         const uint32_t first_unit = registers::uniform(piece.first_unit), last_unit = registers::uniform(piece.last_unit);
 #pragma unroll 1
         for (uint32_t k = first_unit; k < last_unit; ++k) {
             weights.wait();
             mbarrier::wait(shared.tokens_full[token_ring.stage], token_ring.parity);
-            if constexpr (kRows <= kMaxExactRows)
-                add_exact_products<kRows>(gate, up, weights, token_ring.stage, warp, lane);
+            if constexpr (kMaxRows <= kMaxExactRows)
+                add_exact_products<kMaxRows>(gate, up, weights, token_ring.stage, warp, lane);
             else
-                add_products<kRows>(gate, up, weights, token_ring.stage, warpgroup, lane);
+                add_products<kMaxRows>(gate, up, weights, token_ring.stage, warpgroup, lane);
             mbarrier::arrive_warp(shared.tokens_empty[token_ring.stage]);
             token_ring.advance();
         }
         grid_dependency::wait();  // the previous kernel zeroes `out` and fills what is exchanged with ones
-        if (whole) {
+        if (!kDeterministic && whole) {
             const uint32_t chunk = piece.item % kNumChunks;
-            const float weight = thread < tile.num_rows ? row_weight[thread] * p.routed_scaling_factor : 0.f;
             const bool for_all = !kFuses || piece.phase != kFusedUp;
-            if constexpr (kSpillsInOneCall) {
-                if (!for_all)
-                    return activations.of_own_sums<kRows>(tile, gate, up, shared.activation[activation.stage][chunk],
-                                                          shared.activation_scale[activation.stage][chunk], weight);
-                activations.of_own_sums<kRows>(tile, gate, up, shared.outgoing, shared.outgoing_scale, 1.f);
-            } else {
-                activations.of_own_sums<kRows>(
-                    tile, gate, up, for_all ? shared.outgoing : shared.activation[activation.stage][chunk],
-                    for_all ? shared.outgoing_scale : shared.activation_scale[activation.stage][chunk],
-                    for_all ? 1.f : weight);
-            }
-            if (for_all) activations.publish(tile, chunk, weight);
+            activations.of_own_sums(tile, gate, up,
+                                    for_all ? shared.outgoing : shared.activation[activation.stage][chunk],
+                                    for_all ? shared.outgoing_scale : shared.activation_scale[activation.stage][chunk],
+                                    row_weight);
+            if (for_all) activations.publish(tile, chunk, 1.f);
             return;
         }
-        activations.store_sums<kRows>(tile, piece, gate, up);
+        activations.store_sums(tile, piece, gate, up);
     }
 
     // Some groups of columns of a tile: each warpgroup every other one, or of many tokens half.
@@ -78,10 +61,9 @@ struct Math {
     // The rows of a group of w2 are so ordered (weight_tiles.py) that this thread's accumulator rows of a token, two in each
     // block of 64, are adjacent columns, and those of 8 lanes 64 columns: additions of 128 adjacent bytes are 1.6 times as fast
     // as of 64 (experiments/2026-11-28_additions).
-    template <uint32_t kRows>
     __device__ __forceinline__ void project_down(const Tile& tile, const Piece& piece) {
-        constexpr bool kSharesTokens = kRows > 32;  // else there are registers for all
-        constexpr uint32_t kTokens = kSharesTokens ? kRows / 2 : kRows;
+        constexpr bool kSharesTokens = kMaxRows > 32;  // else there are registers for all
+        constexpr uint32_t kTokens = kSharesTokens ? kMaxRows / 2 : kMaxRows;
         constexpr uint32_t kBlocks = kGroupColumns / 64;
         const uint32_t buffer = activation.stage, first_token = kSharesTokens ? warpgroup * kTokens : 0;
         const uint32_t num_tokens = max(registers::uniform(tile.num_rows), first_token) - first_token;
@@ -153,22 +135,6 @@ struct Math {
             add_bf16x4(address, four.x, four.y);
     }
 
-    // project_up() and project_down() with the least height that holds the tile's rows, kRows or more.
-    template <uint32_t kRows = kLeastHeight>
-    __device__ __forceinline__ void project_up_fitting(const Tile& tile, const Piece& piece, bool whole,
-                                                       const float* row_weight) {
-        if constexpr (kRows < kMaxRows)
-            if (tile.num_rows > kRows) return project_up_fitting<next_height(kRows)>(tile, piece, whole, row_weight);
-        project_up<kRows>(tile, piece, !kDeterministic && whole, row_weight);
-    }
-
-    template <uint32_t kRows = kLeastHeight>
-    __device__ __forceinline__ void project_down_fitting(const Tile& tile, const Piece& piece) {
-        if constexpr (kRows < kMaxRows)
-            if (tile.num_rows > kRows) return project_down_fitting<next_height(kRows)>(tile, piece);
-        project_down<kRows>(tile, piece);
-    }
-
     __device__ __forceinline__ void run() {
         const Schedule schedule(shared.num_tiles);
 #pragma unroll 1
@@ -177,9 +143,8 @@ struct Math {
             const Piece piece = shared.queue[queue.stage];
             if (piece.phase == kEnd) break;
             if (piece.phase <= kFusedUp)
-                project_up_fitting(tile_at(p, shared, piece.item / kNumChunks), piece,
-                                   piece.phase == kFusedUp || piece.item < schedule.up.num_whole,
-                                   shared.queue_weight[queue.stage]);
+                project_up(tile_at(p, shared, piece.item / kNumChunks), piece,
+                           piece.phase == kFusedUp || piece.item < schedule.up.num_whole, shared.queue_weight[queue.stage]);
             else
                 finish(piece, schedule);
             mbarrier::arrive_warp(shared.queue_empty[queue.stage]);
@@ -205,7 +170,7 @@ struct Math {
                                        for_all ? nullptr : shared.row_weight[buffer]);
         }
         if (for_all) return activations.publish(tile, first_job % kNumChunks, weight);
-        project_down_fitting(tile, piece);
+        project_down(tile, piece);
         mbarrier::arrive_warp(shared.activation_empty[buffer]);
         activation.advance();
     }

@@ -21,9 +21,10 @@ struct Params {
     const float* x_scale;
     const float* w13_scale;
     const float* w2_scale;
-    const int32_t* sorted_choices;
-    const int32_t* topk_ids;  // kRoutes: [num_choices]
-    const Tile* tiles;  // [1 + tile_capacity]; the first entry is {number of tiles, ...}
+    const int32_t* sorted_choices;  // unless kOrdersChoices
+    const int32_t* topk_ids;        // kOrdersChoices: [num_choices]
+    const uint4* expert_choices;    // else, if kListsTiles: [kMostExperts]: how many each has
+    const Tile* tiles;              // unless kListsTiles: [1 + tile_capacity]; the first entry is {number of tiles, ...}
     const float* topk_weights;
     float4* sums;  // kMaxParts * kNumChunks rows of kRowVectors for each choice; unless kFlagged ones in every bit
     // Ones in every bit at first, written by the kernel before, which also zeroes `out`:
@@ -38,7 +39,7 @@ struct Params {
     uint32_t tile_capacity;
     uint32_t num_experts;
     uint32_t num_choices;
-    uint32_t inputs_from_previous_kernel;  // tokens, and tiles if CTAs do not route, are written by the kernel just before
+    uint32_t inputs_from_previous_kernel;  // tokens, choices or tiles are written by the kernels just before
 };
 
 static_assert(sizeof(Params) == PARAMS_BYTES, "the launcher's struct differs");
@@ -55,7 +56,7 @@ struct SharedStorage {
     alignas(1024) uint8_t activation[kNumBuffers][kNumChunks][kMaxRows * kGroupSize];
     alignas(16) uint8_t outgoing[kMaxRows * kGroupSize];
     float outgoing_scale[kMaxRows];
-    PackedTile tiles[kTableTiles];  // kRoutes: and at its end the choices
+    PackedTile tiles[kTableTiles];  // kOrdersChoices: and at its end the choices
     alignas(16) float token_scale[kNumTokenStages][kMaxRows];
     alignas(16) float activation_scale[kNumBuffers][kNumChunks][kMaxRows];  // times the token's weight in `out`
     float row_weight[kNumBuffers][kMaxRows];
@@ -63,7 +64,7 @@ struct SharedStorage {
     int32_t output_row[kNumBuffers][kMaxRows];
     float weight_scale[kNumTokenStages][2];
     float down_scale[kNumBuffers][kNumK * kNumChunks];  // of the columns of a piece
-    float amax[4][kNumMathWarps];
+    alignas(8) float amax[4][kNumMathWarps];
     alignas(8) float row_amax[kNumMathWarps][kMaxRows];
     Piece queue[kQueueSize];
     float queue_weight[kQueueSize][kMaxRows];  // topk_weights of the tile's rows, for pieces of the up phase
@@ -82,19 +83,19 @@ struct SharedStorage {
 static_assert(sizeof(SharedStorage) <= SMEM_BYTES, "the launcher reserves too little shared memory");
 
 __device__ __forceinline__ Tile tile_at(const Params& p, const SharedStorage& shared, uint32_t index) {
-    if (!kRoutes && index >= kTableTiles) return p.tiles[1 + index];
+    if (!kListsTiles && index >= kTableTiles) return p.tiles[1 + index];
     const PackedTile tile = shared.tiles[index];
     return {tile.expert, tile.first_row, tile.num_rows, 0};
 }
 
-// Where CTAs route: the choices in the order of the experts.
-__device__ __forceinline__ uint16_t* sorted_choices(const Params& p, SharedStorage& shared) {
+// kOrdersChoices: the choices in the order of the experts.
+__device__ __forceinline__ uint16_t* ordered_choices(const Params& p, SharedStorage& shared) {
     return reinterpret_cast<uint16_t*>(shared.tiles + kTableTiles) - p.num_choices;
 }
 
 // Entry `row` of the choices in the order of the experts.
 __device__ __forceinline__ int32_t sorted_choice(const Params& p, SharedStorage& shared, uint32_t row) {
-    return kRoutes ? sorted_choices(p, shared)[row] : p.sorted_choices[row];
+    return kOrdersChoices ? ordered_choices(p, shared)[row] : p.sorted_choices[row];
 }
 
 // The first tiles, by the math threads.

@@ -74,14 +74,15 @@ T& static_shared(uint32_t line) {
 
 template <typename T, typename Source>
 T exchange_in_warp(uint32_t mask, T value, Source source, const Where& where) {
-    static_assert(sizeof(T) == 4);
+    static_assert(sizeof(T) <= sizeof(uint64_t));
     auto& exchanges = current->cta->warps[current->thread / 32];
     auto place = std::find_if(exchanges.begin(), exchanges.end(), [&](const auto& one) { return one.mask == mask; });
     if (place == exchanges.end()) place = exchanges.insert(place, WarpExchange{.mask = mask});
     const uint32_t lane = current->thread % 32;
     if (!(mask >> lane & 1)) throw Fault{name_of(where) + ": this lane is not in the mask it names"};
-    uint32_t(&slot)[32] = place->slot[current->num_exchanges[mask]++ % 2];
-    slot[lane] = std::bit_cast<uint32_t>(value);
+    uint64_t(&slot)[32] = place->slot[current->num_exchanges[mask]++ % 2];
+    slot[lane] = 0;
+    std::memcpy(&slot[lane], &value, sizeof(T));
     launch->arrive_and_wait(place->barrier, std::popcount(mask), "the other lanes of its warp", where);
     return source(lane, slot);
 }
@@ -90,10 +91,12 @@ template <typename T, typename Lane>
 T shuffle(uint32_t mask, T value, Lane from, const Where& where) {
     return exchange_in_warp(
         mask, value,
-        [&](uint32_t lane, const uint32_t (&slot)[32]) {
+        [&](uint32_t lane, const uint64_t (&slot)[32]) {
             const uint32_t source = from(lane) % 32;
             if (!(mask >> source & 1)) throw Fault{name_of(where) + ": reads a lane that is not in the mask"};
-            return std::bit_cast<T>(slot[source]);
+            T received;
+            std::memcpy(&received, &slot[source], sizeof(T));
+            return received;
         },
         where);
 }
@@ -136,7 +139,7 @@ inline void __syncthreads(EMULATED_WHERE) {
 }
 
 inline void __syncwarp(uint32_t mask = ~0u, EMULATED_WHERE) {
-    emulation::exchange_in_warp(mask, 0u, [](uint32_t, const uint32_t (&)[32]) { return 0u; }, where);
+    emulation::exchange_in_warp(mask, 0u, [](uint32_t, const uint64_t (&)[32]) { return 0u; }, where);
 }
 
 template <typename T>
@@ -158,7 +161,7 @@ T __shfl_down_sync(uint32_t mask, T value, uint32_t step, EMULATED_WHERE) {
 inline uint32_t __ballot_sync(uint32_t mask, bool vote, EMULATED_WHERE) {
     return emulation::exchange_in_warp(
         mask, uint32_t{vote},
-        [=](uint32_t, const uint32_t (&slot)[32]) {
+        [=](uint32_t, const uint64_t (&slot)[32]) {
             uint32_t votes = 0;
             for (uint32_t lane = 0; lane < 32; ++lane)
                 if (mask >> lane & 1) votes |= slot[lane] << lane;
@@ -169,7 +172,7 @@ inline uint32_t __ballot_sync(uint32_t mask, bool vote, EMULATED_WHERE) {
 inline uint32_t __match_any_sync(uint32_t mask, uint32_t value, EMULATED_WHERE) {
     return emulation::exchange_in_warp(
         mask, value,
-        [=](uint32_t own, const uint32_t (&slot)[32]) {
+        [=](uint32_t own, const uint64_t (&slot)[32]) {
             uint32_t peers = 0;
             for (uint32_t lane = 0; lane < 32; ++lane)
                 if (mask >> lane & 1 && slot[lane] == slot[own]) peers |= 1u << lane;

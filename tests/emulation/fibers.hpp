@@ -42,6 +42,7 @@ using Sleepers = std::vector<Fiber*>;
 struct ThreadBarrier {
     uint32_t num_arrived = 0;
     uint32_t num_threads = 0;
+    uint32_t num_phases = 0;  // completed
     Sleepers sleepers;
 };
 
@@ -57,7 +58,7 @@ struct Mbarrier {
 // What the lanes of one mask exchange. A lane is at most one exchange ahead of another, so two sets of slots suffice.
 struct WarpExchange {
     uint32_t mask;
-    uint32_t slot[2][32];
+    uint64_t slot[2][32];
     ThreadBarrier barrier;
 };
 
@@ -111,6 +112,7 @@ struct Fiber {
     std::deque<std::function<void()>> cp_async;  // in order
     Sleepers awaiting_cp_async;
     uint32_t num_arrivals = 0;  // at other CTAs, on their way
+    uint32_t cluster_phase = 0;  // that it arrived at last
     Sleepers awaiting_arrivals;
     uint32_t num_bulk_stores = 0;
     Sleepers awaiting_bulk_stores;
@@ -266,14 +268,23 @@ public:
 
     void complete(ThreadBarrier& barrier) {
         barrier.num_arrived = 0;
+        ++barrier.num_phases;
         wake(barrier.sleepers);
     }
 
+    // The phase that this arrival is of.
+    uint32_t arrive(ThreadBarrier& barrier, uint32_t num_threads) {
+        const uint32_t phase = barrier.num_phases;
+        if (++barrier.num_arrived == num_threads) complete(barrier);
+        return phase;
+    }
+
+    void await_phase(ThreadBarrier& barrier, uint32_t phase, const char* name, const Where& where) {
+        if (barrier.num_phases == phase) sleep(barrier.sleepers, name, where);
+    }
+
     void arrive_and_wait(ThreadBarrier& barrier, uint32_t num_threads, const char* name, const Where& where) {
-        if (++barrier.num_arrived == num_threads)
-            complete(barrier);
-        else
-            sleep(barrier.sleepers, name, where);
+        await_phase(barrier, arrive(barrier, num_threads), name, where);
     }
 
     // Where others may get ahead of this thread.

@@ -7,11 +7,21 @@ namespace cluster {
 
 inline uint32_t cta_rank() { return emulation::current->cta->rank; }
 
-inline void sync(EMULATED_WHERE) {
+inline void arrive(EMULATED_WHERE) {
     emulation::Fiber& fiber = *emulation::current;
     while (fiber.num_arrivals > 0) emulation::launch->sleep(fiber.awaiting_arrivals, "its remote arrivals", where);
     emulation::Cluster& cluster = *fiber.cta->cluster;
-    emulation::launch->arrive_and_wait(cluster.barrier, cluster.num_alive, "its cluster", where);
+    fiber.cluster_phase = emulation::launch->arrive(cluster.barrier, cluster.num_alive);
+}
+
+inline void wait(EMULATED_WHERE) {
+    emulation::Fiber& fiber = *emulation::current;
+    emulation::launch->await_phase(fiber.cta->cluster->barrier, fiber.cluster_phase, "its cluster", where);
+}
+
+inline void sync(EMULATED_WHERE) {
+    arrive(where);
+    wait(where);
 }
 
 inline uint32_t map_address(uint32_t local, uint32_t cta_rank) {

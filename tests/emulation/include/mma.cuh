@@ -19,7 +19,7 @@ inline void add(float (&d)[4], uint2 row, uint2 row_below, uint2 b, EMULATED_WHE
         for (uint32_t pair = 0; pair < 2; ++pair)
             emulation::exchange_in_warp(
                 ~0u, value[operand][pair],
-                [&](uint32_t, const uint32_t (&slot)[32]) {
+                [&](uint32_t, const uint64_t (&slot)[32]) {
                     for (uint32_t other = 0; other < 32; ++other)
                         for (uint32_t i = 0; i < 2; ++i)
                             of_lane[operand][other][2 * pair + i] =

@@ -1,0 +1,59 @@
+"""Host side of sm90_order.cu: the choices of a batch in the order of their experts, and how many each has."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+
+from kernels_cuda.compile import Cubin, compile_kernel
+from kernels_cuda.launch import Kernel, Launch, load
+
+KERNEL = "sm90_order"
+NUM_THREADS = 512
+CHOICES_PER_THREAD = 8
+CLUSTER_SIZES = (4, 8)
+MAX_EXPERTS = 1024
+MAX_CHOICES = CHOICES_PER_THREAD * NUM_THREADS * CLUSTER_SIZES[-1]
+
+
+class _Params(ctypes.Structure):
+    _fields_ = (
+        ("topk_ids", ctypes.c_uint64),
+        ("sorted_choices", ctypes.c_uint64),
+        ("expert_choices", ctypes.c_uint64),
+        ("num_choices", ctypes.c_uint32),
+        ("num_experts", ctypes.c_uint32),
+    )
+
+
+def compiled(cluster_size: int) -> Cubin:
+    """The kernel, compiled."""
+    return compile_kernel(KERNEL, {"CLUSTER_SIZE": cluster_size, "PARAMS_BYTES": ctypes.sizeof(_Params)})
+
+
+@functools.cache
+def _kernel(cluster_size: int, device: torch.device) -> Kernel:
+    return load(compiled(cluster_size), NUM_THREADS, cluster_size, dynamic_smem_bytes=0, device=device)
+
+
+def warm(device: torch.device) -> None:
+    """Compile and load, which must not happen while a CUDA graph is captured."""
+    for cluster_size in CLUSTER_SIZES:
+        _kernel(cluster_size, device)
+
+
+def parts(num_choices: int) -> dict[str, int]:
+    """Bytes of what the launch writes: `sorted_choices` int32 [num_choices], of which those of no expert are missing at
+    the end, and `expert_choices` int32 [MAX_EXPERTS], how many each has."""
+    return {"sorted_choices": 4 * num_choices, "expert_choices": 4 * MAX_EXPERTS}
+
+
+def bind(device: torch.device, num_choices: int, num_experts: int) -> Launch:
+    """A launch that orders so many of `topk_ids` int32 [M, top_k], at most MAX_CHOICES, by expert, at most MAX_EXPERTS;
+    an id outside 0..num_experts-1 is left out. The caller fills in the addresses of it and of parts()."""
+    assert num_choices <= MAX_CHOICES and num_experts <= MAX_EXPERTS, (num_choices, num_experts)
+    params = _Params(num_choices=num_choices, num_experts=num_experts)
+    cluster_size = next(size for size in CLUSTER_SIZES if num_choices <= size * CHOICES_PER_THREAD * NUM_THREADS)
+    return _kernel(cluster_size, device).bind(params, cluster_size, overlap_previous=False)
