@@ -1,5 +1,6 @@
-"""`cuda.sm90_stream`: decode and middle batches as one even stream of weights over all SMs (sm90_stream.cu), behind one
-small launch that quantises, zeroes `out`, marks the exchange as unwritten and, unless the batch is small, routes.
+"""`cuda.sm90_stream`: decode and middle batches as one even stream of weights over all SMs (sm90_stream.cu), behind a
+small launch that quantises, zeroes `out` and marks the exchange as unwritten and, unless the batch is small, beside one
+that puts the choices in order.
 
 `prepare` re-lays the weights as tiles of 32 KB (weight_tiles.py), which the memory delivers 9 % faster.
 """
