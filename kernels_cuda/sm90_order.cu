@@ -28,7 +28,7 @@ static_assert(sizeof(Params) == PARAMS_BYTES, "the launcher's struct differs");
 
 struct SharedStorage {
     alignas(8) uint32_t count[kMaxExperts];  // of this CTA's slice; read by the others of the cluster
-    alignas(8) uint32_t first_slot[kMaxExperts];  // of this CTA's slice
+    alignas(8) uint32_t first_slot[kMaxExperts];  // in sorted_choices, of this CTA's slice
     uint32_t warp_total[kNumThreads / 32];
 };
 

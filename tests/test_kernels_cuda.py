@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernels_cuda import compile as cuda_compile
-from kernels_cuda import sm90_fill, sm90_prologue
+from kernels_cuda import sm90_fill, sm90_order, sm90_prologue
 from kernels_cuda.sm90 import SMEM_BYTES
 from kernels_cuda.sm90_fused import (
     BLOCKS,
@@ -41,6 +41,11 @@ def test_every_offered_config_compiles_without_spills_or_warnings(config):
     assert (report.spill_bytes, report.stack_bytes) == (0, 0)
     assert report.registers <= 65536 // 384
     assert report.static_smem_bytes + report.dynamic_smem_bytes <= SMEM_BYTES
+
+
+@pytest.mark.parametrize("cluster_size", sm90_order.CLUSTER_SIZES)
+def test_the_launch_that_orders_choices_compiles_without_spills_or_warnings(cluster_size):
+    assert sm90_order.compiled(cluster_size).report(Config(), 0).clean
 
 
 @pytest.mark.parametrize("groups", [True, False])

@@ -32,8 +32,8 @@ weights written in place would not reach it. So it comes behind what reads them 
 `torch.grouped`, whose copy is in bf16 and twice as large: it runs where I is no multiple of 128."""
 FALLBACK_FOR_MANY_ROWS, MANY_ROWS = "cuda.sm90_prefill", 32
 """Ahead of them, unmeasured, from so many tokens of an expert on. On 39 layers and M from 1 to 16384 it was in the mean
-1.05 times as fast as `cuda.sm90_fused` with 16 to 24 of them (24 of 31 times it was faster), 1.10 times with 32 to 40
-(21 of 27 times), and 1.6 times with more than 128 (experiments/2026-11-28_shipped)."""
+1.06 times as fast as `cuda.sm90_fused` with 16 to 24 of them (24 of 31 times it was faster), 1.11 times with 32 to 40
+(22 of 27 times), and 1.6 times with more than 128 (experiments/2026-11-28_shipped)."""
 
 
 class Verdict(StrEnum):

@@ -104,13 +104,13 @@ struct Activations {
     __device__ __forceinline__ void of_stored_sums(const Tile& tile, uint32_t job, uint32_t num_parts, uint8_t* target,
                                                    float* target_scale, const float* row_weight) const {
         constexpr uint32_t kParts = kFlagged ? 4 : 16 / kPasses;
-        constexpr uint32_t kMaxRowsAtOnce = kNumMathThreads / kRowVectors;
+        constexpr uint32_t kRowsAtOnce = kNumMathThreads / kRowVectors;
         const uint32_t vector = thread % kRowVectors, first_row = thread / kRowVectors;
         const uint32_t channel = vector / 32 * 64 + vector / 8 % 4 * 16 + vector % 8;  // and channel + 8
         const float4* const parts = sums(tile, job % kNumChunks, 0) + vector;
         if constexpr (kFlagged) exchange::await(reinterpret_cast<const uint4*>(flags(job, vector / 8)), num_parts);
 #pragma unroll 1
-        for (uint32_t base = 0; base < tile.num_rows; base += kPasses * kMaxRowsAtOnce) {
+        for (uint32_t base = 0; base < tile.num_rows; base += kPasses * kRowsAtOnce) {
             float4 sum[kPasses];
 #pragma unroll
             for (uint32_t pass = 0; pass < kPasses; ++pass) sum[pass] = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -119,11 +119,11 @@ struct Activations {
                 float4 value[kPasses * kParts];
                 const float4* const first = parts + ((base + first_row) * kMaxParts + first_part) * kRowVectors;
                 const auto wanted = [&](uint32_t i) {
-                    const uint32_t row = base + i / kParts * kMaxRowsAtOnce + first_row, part = first_part + i % kParts;
+                    const uint32_t row = base + i / kParts * kRowsAtOnce + first_row, part = first_part + i % kParts;
                     return row < tile.num_rows && part < num_parts;
                 };
                 const auto address = [&](uint32_t i) {
-                    return first + (i / kParts * kMaxRowsAtOnce * kMaxParts + i % kParts) * kRowVectors;
+                    return first + (i / kParts * kRowsAtOnce * kMaxParts + i % kParts) * kRowVectors;
                 };
                 if constexpr (kFlagged)
                     exchange::load_flagged(value, wanted, address);
@@ -145,7 +145,7 @@ struct Activations {
             named_barrier(kMathBarrier, kNumMathThreads);
 #pragma unroll
             for (uint32_t pass = 0; pass < kPasses; ++pass) {
-                const uint32_t row = base + pass * kMaxRowsAtOnce + first_row;
+                const uint32_t row = base + pass * kRowsAtOnce + first_row;
                 if (row >= tile.num_rows) break;
                 const float amax = fmaxf(shared.amax[pass][warp], shared.amax[pass][warp ^ 1]);
                 const float scale = p.form.scale(amax);
