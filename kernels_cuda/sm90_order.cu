@@ -7,13 +7,14 @@
 // Over sm90_prologue.cu, which lists tiles as well: that, and to look at the choices twice, took 3 us of 7
 // (experiments/2026-11-28_order).
 //
-// Set by the compiler's command line: CLUSTER_SIZE, and PARAMS_BYTES, the size of what the launcher passes.
+// Set by the compiler's command line: CLUSTER_SIZE, CHOICES_PER_THREAD, and PARAMS_BYTES, the size of what the launcher
+// passes.
 #include "cluster.cuh"
 #include "scan.cuh"
 
 constexpr uint32_t kClusterSize = CLUSTER_SIZE;
 constexpr uint32_t kNumThreads = 512;
-constexpr uint32_t kChoicesPerThread = 8;
+constexpr uint32_t kChoicesPerThread = CHOICES_PER_THREAD;
 constexpr uint32_t kExpertsPerThread = 2;
 constexpr uint32_t kMaxExperts = kExpertsPerThread * kNumThreads;
 

@@ -12,10 +12,17 @@ from kernels_cuda.launch import Kernel, Launch, load
 
 KERNEL = "sm90_order"
 NUM_THREADS = 512
-CHOICES_PER_THREAD = 8
-CLUSTER_SIZES = (4, 8)
+FORMS = ((4, 8), (8, 8), (8, 16))
+"""Sizes of the cluster, and choices of a thread."""
 MAX_EXPERTS = 1024
-MAX_CHOICES = CHOICES_PER_THREAD * NUM_THREADS * CLUSTER_SIZES[-1]
+
+
+def _capacity(form: tuple[int, int]) -> int:
+    cluster_size, choices_per_thread = form
+    return cluster_size * NUM_THREADS * choices_per_thread
+
+
+MAX_CHOICES = _capacity(FORMS[-1])
 
 
 class _Params(ctypes.Structure):
@@ -28,20 +35,26 @@ class _Params(ctypes.Structure):
     )
 
 
-def compiled(cluster_size: int) -> Cubin:
-    """The kernel, compiled."""
-    return compile_kernel(KERNEL, {"CLUSTER_SIZE": cluster_size, "PARAMS_BYTES": ctypes.sizeof(_Params)})
+def compiled_forms() -> list[Cubin]:
+    """The kernel, compiled in each of FORMS."""
+    return [_compiled(form) for form in FORMS]
+
+
+def _compiled(form: tuple[int, int]) -> Cubin:
+    cluster_size, choices_per_thread = form
+    sizes = {"CLUSTER_SIZE": cluster_size, "CHOICES_PER_THREAD": choices_per_thread}
+    return compile_kernel(KERNEL, sizes | {"PARAMS_BYTES": ctypes.sizeof(_Params)})
 
 
 @functools.cache
-def _kernel(cluster_size: int, device: torch.device) -> Kernel:
-    return load(compiled(cluster_size), NUM_THREADS, cluster_size, dynamic_smem_bytes=0, device=device)
+def _kernel(form: tuple[int, int], device: torch.device) -> Kernel:
+    return load(_compiled(form), NUM_THREADS, form[0], dynamic_smem_bytes=0, device=device)
 
 
 def warm(device: torch.device) -> None:
     """Compile and load, which must not happen while a CUDA graph is captured."""
-    for cluster_size in CLUSTER_SIZES:
-        _kernel(cluster_size, device)
+    for form in FORMS:
+        _kernel(form, device)
 
 
 def parts(num_choices: int) -> dict[str, int]:
@@ -55,5 +68,5 @@ def bind(device: torch.device, num_choices: int, num_experts: int) -> Launch:
     an id outside 0..num_experts-1 is left out. The caller fills in the addresses of it and of parts()."""
     assert num_choices <= MAX_CHOICES and num_experts <= MAX_EXPERTS, (num_choices, num_experts)
     params = _Params(num_choices=num_choices, num_experts=num_experts)
-    cluster_size = next(size for size in CLUSTER_SIZES if num_choices <= size * CHOICES_PER_THREAD * NUM_THREADS)
-    return _kernel(cluster_size, device).bind(params, cluster_size, overlap_previous=False)
+    form = next(form for form in FORMS if num_choices <= _capacity(form))
+    return _kernel(form, device).bind(params, form[0], overlap_previous=False)

@@ -43,7 +43,7 @@
 //
 // Warps 0-7 (two warpgroups) multiply; warp 8 takes tickets and loads weights; warps 9-11 gather tokens and scales.
 //
-// Set by the compiler's command line: MAX_ROWS (8, 16, 24, 32, 48, 64), HIDDEN_SIZE, NUM_CHUNKS (intermediate size / 128),
+// Set by the compiler's command line: MAX_ROWS (8, 16, 24, 32, 48, 64, 80, 96), HIDDEN_SIZE, NUM_CHUNKS (intermediate size / 128),
 // MAX_PARTS (most pieces of a job), NUM_STAGES, NUM_IN_FLIGHT (stages whose loads may be under way), NUM_BUFFERS (pieces of
 // the down phase whose activations may be), TABLE_TILES (tiles of which a CTA keeps its own copy), NUM_CTAS (all resident at
 // a time), DETERMINISTIC, LISTS_TILES, ORDERS_CHOICES, and what the launcher passes: SMEM_BYTES of shared memory and

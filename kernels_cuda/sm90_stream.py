@@ -35,7 +35,7 @@ NUM_THREADS = 384
 STAGE_BYTES = 2 * 128 * 128
 MAX_STAGES = 6
 FEWEST_BUFFERS = 2
-MAX_ROWS = (8, 16, 24, 32, 48, 64)
+MAX_ROWS = (8, 16, 24, 32, 48, 64, 80, 96)
 MOST_ORDERED_CHOICES = 4 * (NUM_THREADS - 32)  # of a batch whose choices each CTA puts in order itself
 FEWEST_TABLE_TILES, MOST_TABLE_TILES = 512, 1024  # of which a CTA keeps its own copy
 TILE_BYTES, CHOICE_BYTES = 8, 2
@@ -45,6 +45,7 @@ FLAGGED_PARTS = 4  # with so many parts of a job at most, a flag follows its sum
 FLAG_BYTES = 8 * FLAGGED_PARTS * 4  # of a job: for each warp and part
 FEWEST_EXPERTS_WITH_SKEW = 32
 FUSED_FROM = 1.6  # tiles for each SM
+MOST_ROWS_FOR_SKEW = 64  # taller tiles pay where an expert would be read twice without, but not for skew
 DETERMINISTIC_PARTS = 8  # of a job, whatever the batch
 
 
@@ -113,7 +114,8 @@ def table_tiles(shape: MoEShape, max_rows: int, num_stages: int) -> int:
 
 def token_stages(max_rows: int, num_stages: int) -> int:
     """How many stages of tokens go with so many of weights: fewer of tall tiles, to leave room for one of weights."""
-    return num_stages if max_rows <= 32 else min(num_stages, 4)
+    most = num_stages if max_rows <= 32 else 4 if max_rows <= 64 else 3
+    return min(num_stages, most)
 
 
 def most_stages(shape: MoEShape, max_rows: int) -> int:
@@ -247,7 +249,7 @@ class SM90Stream(Variant):
         return cuda_compile.variant_sources(modules, (KERNEL, *others))
 
     def compile(self, shape: MoEShape, configs: Iterable[Config]) -> list[CompileReport]:
-        orders = [sm90_order.compiled(size) for size in sm90_order.CLUSTER_SIZES]
+        orders = sm90_order.compiled_forms()
         others = (*sm90_prologue.compiled_forms(), *orders, sm90_fill.compiled(), sm90_combine.compiled())
         reports = [cubin.report(Config(), 0) for cubin in others]
         for config in configs:
@@ -319,15 +321,16 @@ def max_rows_that_fit(shape: MoEShape) -> list[int]:
 
 def default_max_rows(shape: MoEShape, num_tokens: int) -> int:
     """The least height that holds the rows of most routed experts, their mean and 1.9 standard deviations, times what
-    skew is worth.
+    skew is worth up to 64 rows.
 
     Under a law that is not uniform a few experts have many rows, and their weights are read once for each tile. Taller
     tiles take longer where experts are small: there they are worth it only if 8 rows would not do
-    (experiments/2026-11-28_heights, 2026-11-28_order).
+    (experiments/2026-11-28_heights, 2026-11-28_order, 2026-11-28_tall_tiles).
     """
     rows = shape.expected_rows(num_tokens)
-    wanted = rows + 1.9 * math.sqrt(max(rows - 1.0, 0.0))
-    wanted *= _skew(shape, needs_taller=wanted > MAX_ROWS[0])
+    needed = rows + 1.9 * math.sqrt(max(rows - 1.0, 0.0))
+    skewed = needed * _skew(shape, needs_taller=needed > MAX_ROWS[0])
+    wanted = max(needed, min(skewed, MOST_ROWS_FOR_SKEW))
     fitting = max_rows_that_fit(shape)
     return next((height for height in fitting if height >= wanted), fitting[-1])
 

@@ -110,6 +110,8 @@ BEYOND_THE_TABLE = (MoEShape(560, 256, 128, 4), 600, 16, 6)
 """More tiles than a CTA keeps."""
 
 TALL = (MoEShape(4, 1152, 128, 2), 60, 64, 6)
+TALLEST = (MoEShape(4, 640, 128, 2), 90, 96, 6)
+TALL_OF_TWO_CHUNKS = (MoEShape(6, 384, 256, 2), 120, 80, 3)
 SHORT_K = (MoEShape(3, 256, 128, 2), 9, 16, 8)
 """Fewer pieces of the up phase than CTAs: some begin with the down phase."""
 
@@ -128,6 +130,8 @@ SHORT_K = (MoEShape(3, 256, 128, 2), 9, 16, 8)
         (BEYOND_THE_TABLE, 4, "uniform", 0.0),
         (TALL, 4, "zipf:1.2", 0.3),
         (TALL, 8, "one-expert", 0.0),
+        (TALLEST, 4, "one-expert", 0.0),
+        (TALL_OF_TWO_CHUNKS, 4, "zipf:1.2", 0.0),
         (SHORT_K, 16, "uniform", 0.0),
     ],
 )

@@ -100,7 +100,7 @@ def test_ctas_list_tiles_and_order_choices_where_there_is_room():
     assert takes(MoEShape(1000, 512, 256, 16), 64) == "choices"  # choices do not fit the table beside the tiles
     assert takes(MoEShape(1024, 512, 256, 64), 64) == "tiles"  # nor tiles alone
     assert takes(shape_of_alias("qwen3next_tp4"), 2048) == "choices"
-    assert takes(DSV3_TP16, 4096) == "tiles"  # more choices than one launch puts in order
+    assert takes(DSV3_TP16, 8192) == "tiles"  # more choices than one launch puts in order
     assert takes(DSV3_TP16, 1, num_in_flight=6) == "choices"  # the last stage is not free meanwhile
 
 
@@ -122,15 +122,22 @@ def test_configs_start_with_the_default_and_all_fit(shape, num_tokens):
 def test_tiles_grow_with_the_rows_of_an_expert():
     heights = [default_max_rows(DSV3_TP16, tokens) for tokens in TOKENS]
     assert heights == sorted(heights)
-    assert (heights[1], heights[-1]) == (8, 64)
+    assert (heights[1], heights[-1]) == (8, 96)
 
 
 def test_tiles_are_taller_where_experts_are_large_and_many():
     large, small, few = DSV3_TP8, shape_of_alias("qwen3next_tp4"), MoEShape(8, 7168, 256, 2)
-    assert [default_max_rows(large, tokens) for tokens in (16, 64, 256, 512)] == [8, 16, 48, 64]
+    assert [default_max_rows(large, tokens) for tokens in (16, 64, 256, 512, 1024)] == [8, 16, 48, 64, 64]
     assert [default_max_rows(DSV3_TP16, tokens) for tokens in (16, 64, 256, 512)] == [8, 16, 32, 48]
     assert [default_max_rows(small, tokens) for tokens in (64, 256, 512, 1024)] == [8, 32, 48, 64]
     assert [default_max_rows(few, tokens) for tokens in (16, 32, 64)] == [8, 16, 24]
+
+
+def test_the_tallest_tiles_hold_experts_of_as_many_rows_whatever_the_skew():
+    qwen = shape_of_alias("qwen3next_tp4")
+    assert [default_max_rows(qwen, tokens) for tokens in (1024, 2048, 3000, 4096)] == [64, 64, 80, 96]
+    assert [default_max_rows(DSV3_TP16, tokens) for tokens in (1024, 1700, 2048, 4096)] == [64, 80, 80, 96]
+    assert default_max_rows(DSV3_TP8, 4096) == 80  # taller ones leave no room for four stages
 
 
 def test_sums_are_flagged_where_there_are_many_rows_or_tiles():
@@ -141,12 +148,13 @@ def test_sums_are_flagged_where_there_are_many_rows_or_tiles():
 
 
 def test_tall_tiles_have_fewer_stages_of_tokens_and_so_as_many_of_weights():
-    assert [most_stages(DSV3_TP16, rows) for rows in MAX_ROWS] == [6, 6, 5, 5, 5, 4]
+    assert [most_stages(DSV3_TP16, rows) for rows in MAX_ROWS] == [6, 6, 5, 5, 5, 4, 4, 4]
 
 
 def test_there_is_a_third_buffer_of_activations_where_it_takes_no_stage():
-    assert [most_buffers(DSV3_TP16, rows, most_stages(DSV3_TP16, rows)) for rows in MAX_ROWS] == [3] * len(MAX_ROWS)
-    assert [most_buffers(DSV3_TP8, rows, most_stages(DSV3_TP8, rows)) for rows in MAX_ROWS] == [3, 3, 3, 3, 2, 2]
+    assert [most_buffers(DSV3_TP16, rows, most_stages(DSV3_TP16, rows)) for rows in MAX_ROWS[:7]] == [3] * 7
+    assert most_buffers(DSV3_TP16, 96, most_stages(DSV3_TP16, 96)) == 2
+    assert [most_buffers(DSV3_TP8, rows, most_stages(DSV3_TP8, rows)) for rows in MAX_ROWS[:6]] == [3, 3, 3, 3, 2, 2]
     assert most_buffers(WIDE, 8, most_stages(WIDE, 8)) == 2
     for shape in (*SHAPES, WIDE):
         for rows in max_rows_that_fit(shape):

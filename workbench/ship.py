@@ -33,8 +33,8 @@ BETWEEN = tuple(2 * tokens for tokens in POWERS_OF_FOUR[:-1])
 LAWS = (RoutingLaw("uniform"), RoutingLaw("zipf", exponent=1.2))
 
 STREAM, FUSED, PREFILL = "cuda.sm90_stream", "cuda.sm90_fused", "cuda.sm90_prefill"
-MOST_ROWS_OF_STREAM = 64
-"""Of an expert, on average, up to which the streaming kernel may win: at 32 it ties with the prefill kernel."""
+MOST_ROWS_OF_STREAM = 96
+"""Of an expert, on average, up to which the streaming kernel may win: the height of its tallest tiles."""
 LEAST_ROWS_OF_PREFILL = 4
 """From which the prefill kernel may win: at 8 it is far behind on the layers it was measured on."""
 

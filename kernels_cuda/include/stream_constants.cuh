@@ -47,12 +47,13 @@ constexpr uint32_t kMathRegisters = kLeavesRoom ? 160 : 216;
 constexpr uint32_t kNumBuffers = NUM_BUFFERS;
 constexpr uint32_t kMostGroupsOfWarp = 32;  // of 128 activations: two trips
 
-// Tokens of tall tiles would take the room of a stage of weights.
-constexpr uint32_t kNumTokenStages = kMaxRows <= 32 || kNumStages < 4 ? kNumStages : 4;
+// More tokens of tall tiles would take the room of a stage of weights.
+constexpr uint32_t kMostTokenStages = kMaxRows <= 32 ? kNumStages : kMaxRows <= 64 ? 4 : 3;
+constexpr uint32_t kNumTokenStages = kNumStages < kMostTokenStages ? kNumStages : kMostTokenStages;
 
 static_assert(kTableTiles % kNumMathThreads == 0, "each thread copies as many");
 static_assert(kMaxParts >= 4, "jobs are cut into 4 or more parts");
 static_assert(kListsTiles || !kOrdersChoices, "who orders the choices lists the tiles");
 static_assert(!kOrdersChoices || kNumInFlight < kNumStages, "meanwhile the last stage holds counts");
 static_assert(kNumBuffers <= kNumGatherWarps, "a warp has one buffer");
-static_assert(kMaxRows <= 32 ? kMaxRows % 8 == 0 : kMaxRows == 48 || kMaxRows == 64, "tiles of 8, 16, 24, 32, 48 or 64 rows");
+static_assert(kMaxRows % (kMaxRows <= 32 ? 8 : 16) == 0 && kMaxRows <= 96, "a warpgroup has whole blocks of 8 rows");
