@@ -85,10 +85,15 @@ class _DownParams(ctypes.Structure):
         ("jobs", ctypes.c_uint64),
         ("ticket_counter", ctypes.c_uint64),
         ("zeroed", ctypes.c_uint64),
+        ("stored", ctypes.c_uint64),
+        ("repeated", ctypes.c_uint64),
+        ("topk_ids", ctypes.c_uint64),
         ("out", ctypes.c_uint64),
         ("num_h_rows", ctypes.c_uint32),
         ("num_tokens", ctypes.c_uint32),
-        ("padding", ctypes.c_uint8 * 56),  # the kernel's struct is aligned to 64 bytes
+        ("top_k", ctypes.c_uint32),
+        ("num_experts", ctypes.c_uint32),
+        ("padding", ctypes.c_uint8 * 24),  # the kernel's struct is aligned to 64 bytes
     )
 
 
@@ -202,6 +207,7 @@ def _compile_down(shape: MoEShape, config: Config, deterministic: bool) -> tuple
         "SLAB_COLUMNS": config.integer("slab_columns"),
         "ZEROED_COLUMNS": ZEROED_COLUMNS,
         "DETERMINISTIC": int(deterministic),
+        "STORES_LAST": int(shape.num_shared_experts > 0 and not deterministic),
         "SMEM_BYTES": num_bytes,
         "PARAMS_BYTES": ctypes.sizeof(_DownParams),
     }
@@ -242,7 +248,8 @@ def handed_over(
     num_chunks, h_rows = shape.intermediate_size // GROUP_SIZE, num_h_rows(num_choices, shape.num_experts)
     zeroed = {"ticket_counter": 16, "up_written": FLAG_BYTES, "down_written": FLAG_BYTES}
     if not is_wide(shape):
-        zeroed["zeroed"] = -(-shape.hidden_size // GROUP_SIZE // 4) * 16  # a counter for each of the narrowest slabs
+        counters = -(-shape.hidden_size // GROUP_SIZE // 4) * 16  # one for each of the narrowest slabs
+        zeroed |= {"zeroed": counters, "stored": counters, "repeated": 16}
     others = {
         "part_sums": num_clusters * max_rows * 1024,
         "jobs": 16 * (1 + job_capacity(num_choices, shape.num_experts)),
@@ -269,7 +276,7 @@ def _make_call(prepared: Prepared, key: tiled_inputs.Key) -> Call:
         num_down_ctas = min(down_kernel.max_clusters, num_clusters) * CLUSTER_SIZE
     else:
         up.zeroed_row_bytes = min(shape.hidden_size, ZEROED_COLUMNS) * 2
-        down.num_tokens = num_tokens
+        down.num_tokens, down.top_k, down.num_experts = num_tokens, shape.top_k, shape.num_experts
         num_down_ctas = down_kernel.max_clusters
     up_launch = up_kernel.bind(up, num_clusters * CLUSTER_SIZE, overlap_previous=True)
     down_launch = down_kernel.bind(down, num_down_ctas, overlap_previous=True)
@@ -359,7 +366,9 @@ class SM90Prefill(Variant):
         call = prepared.calls.take(key) or _make_call(prepared, key)
         first, up, down, *combine = call.params
         tiled_inputs.write_addresses(given, inputs, "tiles", [first], up)
-        if given == "tiled" and isinstance(down, _DownWideParams):
+        if isinstance(down, _DownParams):
+            down.topk_ids = inputs.topk_ids.data_ptr()
+        elif given == "tiled":
             down.tiles = up.tiles
         address = out.data_ptr()
         if combine:

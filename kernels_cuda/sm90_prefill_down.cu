@@ -10,6 +10,10 @@
 // memory and come back. The first slabs were zeroed by the up phase; when a CTA comes to a slab, one of its warps zeroes
 // its part of a later one. A CTA begins a slab when all have zeroed their parts, which they do whatever they wait for.
 //
+// A shared expert has a row for nearly every token (STORES_LAST). Its jobs come some slabs ahead of the others', and where a
+// token has it once its row is stored instead of added, so that no zeros have to be. The other jobs of a slab wait until all
+// of its are done.
+//
 // Weight rows are so ordered in shared memory that a thread's sums are 8 adjacent columns, and two lanes swap halves of two
 // rows so that 8 lanes add to 128 adjacent bytes.
 //
@@ -18,8 +22,8 @@
 //
 // Set by the compiler's command line: HIDDEN_SIZE, NUM_CHUNKS (intermediate size / 128: 1 or 2), NUM_WARPGROUPS that
 // multiply (2, 3), BLOCK_N (64, 128) columns of a product, SLAB_COLUMNS (128..512), ZEROED_COLUMNS that the up phase has
-// zeroed, DETERMINISTIC (a row for each choice is stored instead of added to `out`), and what the launcher passes: SMEM_BYTES
-// of shared memory and PARAMS_BYTES of parameters.
+// zeroed, DETERMINISTIC (a row for each choice is stored instead of added to `out`), STORES_LAST, and what the launcher passes:
+// SMEM_BYTES of shared memory and PARAMS_BYTES of parameters.
 #include "cluster.cuh"
 #include "copy.cuh"
 #include "exchange.cuh"
@@ -33,6 +37,7 @@ constexpr uint32_t kNumChunks = NUM_CHUNKS;
 constexpr uint32_t kNumWarpgroups = NUM_WARPGROUPS;
 constexpr uint32_t kBlockN = BLOCK_N;
 constexpr bool kDeterministic = DETERMINISTIC;
+constexpr bool kStoresLast = STORES_LAST;
 
 constexpr uint32_t kTileK = 128;                      // bytes of K in a tile: one swizzle row
 constexpr uint32_t kQuarter = 128;                    // columns that one slot of weights gives
@@ -40,23 +45,27 @@ constexpr uint32_t kNumQuarters = kHiddenSize / kQuarter;
 constexpr uint32_t kQuarters = SLAB_COLUMNS / kQuarter;   // of a slab
 constexpr uint32_t kNumSlabs = kNumQuarters / kQuarters;
 constexpr uint32_t kSlabsZeroedBefore = DETERMINISTIC ? kNumSlabs : ZEROED_COLUMNS / SLAB_COLUMNS;
+// Of so many slabs before a slab is begun its zeros are written: the last expert's jobs, that much earlier, want them already.
+constexpr uint32_t kZeroedAhead = kSlabsZeroedBefore + kStoresLast;
 constexpr uint32_t kStepsPerQuarter = kQuarter / kBlockN;
 constexpr uint32_t kBlockRows = 64;                   // the M of a wgmma
 constexpr uint32_t kQuarterBytes = kQuarter * kTileK; // of one chunk
 constexpr uint32_t kBlockBytes = kBlockRows * kTileK; // of one chunk
 constexpr uint32_t kNumSlots = 8 / kNumChunks;
 constexpr uint32_t kNumBlocks = (kNumChunks == 1 ? 9 : 6) / kNumWarpgroups * kNumWarpgroups;  // a place has one taker
+constexpr uint32_t kWarpsOfBlock = 4;
 constexpr uint32_t kNumMathThreads = kNumWarpgroups * 128;
 constexpr uint32_t kNumThreads = kNumMathThreads + 128;
 
 // 64 K registers.
-constexpr uint32_t kProducerRegisters = kNumWarpgroups == 2 ? 56 : 32;
-constexpr uint32_t kMathRegisters = kNumWarpgroups == 2 ? 224 : 160;
+constexpr uint32_t kProducerRegisters = 56;
+constexpr uint32_t kMathRegisters = kNumWarpgroups == 2 ? 224 : 152;
 
 static_assert(kNumChunks == 1 || kNumChunks == 2, "the weights of a slab stay in shared memory");
 static_assert(kQuarters <= 4 && kNumQuarters % kQuarters == 0, "slabs are of up to 4 quarters, and all alike");
 static_assert(kNumBlocks % kNumWarpgroups == 0, "who skips a phase of a barrier may take a later one for it");
 static_assert(kNumBlocks >= 2 * kNumWarpgroups, "the first blocks of a job are loaded before the rest of its weights");
+static_assert(!kDeterministic || !kStoresLast, "without additions there is nothing to store first");
 
 struct Params {
     TensorMap w2;  // [E * H, I], boxes of 128 rows: of each 32, column 8 c + 2 j + b is row 8 j + 2 c + b
@@ -67,12 +76,29 @@ struct Params {
     const int4* jobs;  // see prefill_jobs.cuh
     uint32_t* ticket_counter;  // 0 at the start
     uint32_t* zeroed;  // [slabs]: CTAs that have zeroed their part, 0 at the start
+    uint32_t* stored;    // kStoresLast: [slabs]: warps that have stored their part of a block, 0 at the start
+    uint32_t* repeated;  // kStoresLast: whether a token has the last expert more than once, 0 at the start
+    const int32_t* topk_ids;  // kStoresLast
     uint16_t* out;
     uint32_t num_h_rows;
     uint32_t num_tokens;
-    uint8_t padding[56];  // alignment
+    uint32_t top_k;
+    uint32_t num_experts;
+    uint8_t padding[24];  // alignment
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "the launcher's struct differs");
+
+// How often a token has the last expert.
+__device__ __forceinline__ uint32_t times_of_last(const Params& p, uint32_t token) {
+    const int32_t* const ids = p.topk_ids + static_cast<uint64_t>(token) * p.top_k;
+    uint32_t times = 0;
+#pragma unroll 4
+    for (uint32_t i = 0; i < p.top_k; ++i) times += ids[i] == static_cast<int32_t>(p.num_experts - 1);
+    return times;
+}
+
+// What becomes of the rows of a block in `out`.
+enum class Giving : uint32_t { kAdd, kStore, kStoreWhereOnce };  // where the token has the expert once
 
 struct Block {
     static constexpr uint32_t kEnd = ~0u;
@@ -83,6 +109,7 @@ struct Block {
     uint32_t expert;
     uint32_t first_slot;  // counted from the start of the kernel
     uint32_t last;        // the warpgroup's last block with these weights
+    Giving giving;
 };
 
 struct SharedStorage {
@@ -93,7 +120,7 @@ struct SharedStorage {
     uint64_t weights_empty[kNumSlots];
     uint64_t block_full[kNumBlocks];
     uint64_t block_empty[kNumBlocks];
-    uint32_t begun_slab;  // the last that the loader has come to; kNumSlabs at its end
+    uint32_t begun_slab;  // the last that the loader has come to, jobs ahead of it aside; kNumSlabs at its end
 };
 static_assert(sizeof(SharedStorage) <= SMEM_BYTES, "the launcher reserves too little shared memory");
 
@@ -101,24 +128,28 @@ static_assert(sizeof(SharedStorage) <= SMEM_BYTES, "the launcher reserves too li
 struct Loader {
     const Params& p;
     SharedStorage& shared;
-    const uint32_t num_jobs, num_tickets;
+    const uint32_t num_jobs, num_ahead, num_tickets;
     RingPosition<kNumBlocks> ring;
     uint32_t next_slot = 0;
     uint32_t first_warpgroup = 0;  // that gets the next job's first block
+    uint32_t ready_slab = 0;       // whose `out` waits for additions
 
     struct Job {
-        uint32_t slab;
-        int4 rows;  // expert, first row, number of rows
+        uint32_t begun_slab, slab;  // the same unless it is ahead
+        int4 rows;                  // expert, first row, number of rows
     };
 
-    __device__ __forceinline__ Loader(const Params& p, SharedStorage& shared)
-        : p(p), shared(shared), num_jobs(p.jobs[0].x), num_tickets(num_jobs * kNumSlabs) {}
+    __device__ __forceinline__ Loader(const Params& p, SharedStorage& shared) : Loader(p, shared, p.jobs[0]) {}
+    __device__ __forceinline__ Loader(const Params& p, SharedStorage& shared, int4 counts)
+        : p(p), shared(shared), num_jobs(counts.x), num_ahead(kStoresLast ? counts.y : 0), num_tickets(num_jobs * kNumSlabs) {}
 
     __device__ __forceinline__ uint32_t take() const { return gridDim.x + atomicAdd(p.ticket_counter, 1u); }
 
+    // Jobs of the last expert are ahead by as many slabs as need no storing; these it comes to in the end.
     __device__ __forceinline__ Job job(uint32_t ticket) const {
         if (ticket >= num_tickets) return {};
-        return {ticket / num_jobs, p.jobs[1 + ticket % num_jobs]};
+        const uint32_t slab = ticket / num_jobs, index = ticket % num_jobs;
+        return {slab, index < num_ahead ? (slab + kSlabsZeroedBefore) % kNumSlabs : slab, p.jobs[1 + index]};
     }
 
     __device__ __forceinline__ void load_quarter(const Job& job, uint32_t quarter) {
@@ -134,7 +165,8 @@ struct Loader {
     }
 
     // Block `index` of those that the warpgroups take in turn; num_blocks is a multiple of their number.
-    __device__ __forceinline__ void load_block(const Job& job, uint32_t index, uint32_t num_blocks, uint32_t first_slot) {
+    __device__ __forceinline__ void load_block(const Job& job, Giving giving, uint32_t index, uint32_t num_blocks,
+                                               uint32_t first_slot) {
         const uint32_t turn = index % kNumWarpgroups;
         const uint32_t position = index - turn + (turn + kNumWarpgroups - first_warpgroup) % kNumWarpgroups;
         const uint32_t before = min(position * kBlockRows, static_cast<uint32_t>(job.rows.z));
@@ -145,7 +177,8 @@ struct Loader {
                                     job.slab * kQuarters,
                                     static_cast<uint32_t>(job.rows.x),
                                     first_slot,
-                                    index + kNumWarpgroups >= num_blocks};
+                                    index + kNumWarpgroups >= num_blocks,
+                                    giving};
         uint64_t& full = shared.block_full[ring.stage];
         if (num_rows == 0) {
             mbarrier::arrive(full);
@@ -159,16 +192,24 @@ struct Loader {
         ring.advance();
     }
 
-    __device__ __forceinline__ void begin(uint32_t slab) {
-        exchange::raise(shared.begun_slab, slab);
-        if (slab >= kSlabsZeroedBefore) exchange::await_count(p.zeroed + slab, gridDim.x);
+    // Waits until `out` is ready for what the job gives it: tells how.
+    __device__ __forceinline__ Giving begin(const Job& job) {
+        if (job.begun_slab != shared.begun_slab) exchange::raise(shared.begun_slab, job.begun_slab);
+        if (job.slab < kSlabsZeroedBefore) return Giving::kAdd;
+        const bool is_ahead = kStoresLast && job.slab != job.begun_slab;
+        if (!is_ahead && job.slab == ready_slab) return Giving::kAdd;
+        exchange::await_count(p.zeroed + job.slab, gridDim.x);
+        if (is_ahead) return *p.repeated ? Giving::kStoreWhereOnce : Giving::kStore;  // who zeroes has looked
+        if (kStoresLast) exchange::await_count(p.stored + job.slab, p.jobs[0].z * kWarpsOfBlock);
+        ready_slab = job.slab;
+        return Giving::kAdd;
     }
 
     __device__ __forceinline__ void run() {
         uint32_t ticket = blockIdx.x, next_ticket = take();
         Job current = job(ticket);
         while (ticket < num_tickets) {
-            if (current.slab != shared.begun_slab) begin(current.slab);
+            const Giving giving = begin(current);
             const uint32_t ticket_after = take();
             const Job next = job(next_ticket);
             const uint32_t blocks_in_job = ceil_div(static_cast<uint32_t>(current.rows.z), kBlockRows);
@@ -176,10 +217,10 @@ struct Loader {
             const uint32_t first_slot = next_slot;
             load_quarter(current, 0);
             for (uint32_t index = 0; index < kNumWarpgroups; ++index)
-                load_block(current, index, num_blocks, first_slot);
+                load_block(current, giving, index, num_blocks, first_slot);
             for (uint32_t quarter = 1; quarter < kQuarters; ++quarter) load_quarter(current, quarter);
             for (uint32_t index = kNumWarpgroups; index < num_blocks; ++index)
-                load_block(current, index, num_blocks, first_slot);
+                load_block(current, giving, index, num_blocks, first_slot);
             first_warpgroup = (first_warpgroup + blocks_in_job) % kNumWarpgroups;
             ticket = next_ticket, next_ticket = ticket_after, current = next;
         }
@@ -192,7 +233,7 @@ struct Loader {
     }
 };
 
-// One warp.
+// One warp: zeros where a row is added first.
 struct Zeroing {
     const Params& p;
     SharedStorage& shared;
@@ -203,19 +244,31 @@ struct Zeroing {
         const uint32_t num_rows = min(part, p.num_tokens - first);
 #pragma unroll 1
         for (uint32_t slab = kSlabsZeroedBefore; slab < kNumSlabs; ++slab) {
-            exchange::await_raised(shared.begun_slab, slab - kSlabsZeroedBefore);
+            exchange::await_raised(shared.begun_slab, slab - min(slab, kZeroedAhead));
             uint16_t* row = p.out + static_cast<uint64_t>(first) * kHiddenSize + slab * kQuarters * kQuarter;
+            uint32_t stored = 0;  // of 32 rows
 #pragma unroll 2
-            for (uint32_t i = 0; i < num_rows; ++i, row += kHiddenSize)
+            for (uint32_t i = 0; i < num_rows; ++i, row += kHiddenSize) {
+                if (kStoresLast && i % 32 == 0) stored = rows_stored(first + i, first + num_rows);
+                if (stored >> i % 32 & 1) continue;
                 for (uint32_t vector = threadIdx.x % 32; vector < kVectors; vector += 32)
                     *reinterpret_cast<uint4*>(row + vector * 8) = make_uint4(0, 0, 0, 0);
+            }
             __syncwarp();
             if (threadIdx.x % 32 == 0) exchange::count(p.zeroed + slab);
         }
     }
+
+    // Of 32 tokens from `first` on, those that have the last expert once.
+    __device__ __forceinline__ uint32_t rows_stored(uint32_t first, uint32_t end) const {
+        const uint32_t token = first + threadIdx.x % 32, times = token < end ? times_of_last(p, token) : 0;
+        if (times > 1) *p.repeated = 1;
+        return __ballot_sync(~0u, times == 1);
+    }
 };
 
 struct Math {
+    static constexpr uint32_t kStored = 1u << 31;  // with a row's target: it is stored and not added
     const Params& p;
     SharedStorage& shared;
     const uint32_t lane = threadIdx.x % 32;
@@ -243,11 +296,16 @@ struct Math {
         wgmma::commit();
     }
 
-    __device__ __forceinline__ void add(bool valid, uint16_t* address, uint4 values) {
-        if constexpr (kDeterministic)
+    // A row of the block that is `valid`, and stored if `target` says so.
+    __device__ __forceinline__ void give(Giving giving, bool valid, uint32_t target, uint16_t* address, uint4 values) {
+        if (kDeterministic) {
             store_bf16x8_if(valid, address, values);
-        else
+        } else if (!kStoresLast || giving == Giving::kAdd) {
             add_bf16x8_if(valid, address, values);
+        } else {
+            store_bf16x8_if(valid && target & kStored, address, values);
+            add_bf16x8_if(valid && !(target & kStored), address, values);
+        }
     }
 
     // Lanes 4 apart have the same columns of two rows, as two halves of 64: each keeps one half and gets the same half of
@@ -266,17 +324,24 @@ struct Math {
         odd = is_odd ? own : other;
     }
 
+    __device__ __forceinline__ uint32_t stored_flag(Giving giving, uint32_t h_row) const {
+        const bool adds = giving == Giving::kStoreWhereOnce && times_of_last(p, p.destination[h_row]) != 1;
+        return adds ? 0 : kStored;
+    }
+
     __device__ __forceinline__ void project(const Block& block, uint32_t index, uint32_t num_rows, uint32_t first_slot,
-                                            bool last) {
+                                            bool last, Giving giving) {
         float sums[kNumChunks][kBlockN / 2];
+        const uint32_t last_row = num_rows - 1;
+        const uint32_t upper = block.first_row + min(row_in_block, last_row);
+        const uint32_t lower = block.first_row + min(row_in_block + 8, last_row);
+        const bool stores = kStoresLast && giving != Giving::kAdd;
+        const uint32_t upper_flag = stores ? stored_flag(giving, upper) : 0, lower_flag = stores ? stored_flag(giving, lower) : 0;
         wait_weights(first_slot);
         multiply(sums, index, first_slot, 0);
 
         // What follows arrives while the first product is under way.
-        const uint32_t last_row = num_rows - 1;
-        const uint32_t upper = block.first_row + min(row_in_block, last_row);
-        const uint32_t lower = block.first_row + min(row_in_block + 8, last_row);
-        uint32_t upper_target = p.destination[upper], lower_target = p.destination[lower];
+        const uint32_t upper_target = p.destination[upper] | upper_flag, lower_target = p.destination[lower] | lower_flag;
         float upper_scale[kNumChunks], lower_scale[kNumChunks];
 #pragma unroll
         for (uint32_t chunk = 0; chunk < kNumChunks; ++chunk) {
@@ -291,11 +356,15 @@ struct Math {
         const uint32_t even_row = row_in_block & ~1u;
         const uint32_t upper_other = __shfl_xor_sync(~0u, upper_target, 4), lower_other = __shfl_xor_sync(~0u, lower_target, 4);
         uint16_t* const columns = p.out + block.first_quarter * kQuarter + lane % 4 * 8 + (is_odd ? 32 : 0);
-        const auto address = [&](uint32_t target) { return columns + static_cast<uint64_t>(target) * kHiddenSize; };
-        uint16_t* const upper_even = address(is_odd ? upper_other : upper_target);
-        uint16_t* const upper_odd = address(is_odd ? upper_target : upper_other);
-        uint16_t* const lower_even = address(is_odd ? lower_other : lower_target);
-        uint16_t* const lower_odd = address(is_odd ? lower_target : lower_other);
+        const uint32_t target[4] = {is_odd ? upper_other : upper_target, is_odd ? upper_target : upper_other,
+                                    is_odd ? lower_other : lower_target, is_odd ? lower_target : lower_other};
+        uint16_t* address[4];
+        bool valid[4];
+#pragma unroll
+        for (uint32_t i = 0; i < 4; ++i) {
+            address[i] = columns + static_cast<uint64_t>(target[i] & ~kStored) * kHiddenSize;
+            valid[i] = even_row + i % 2 + i / 2 * 8 < num_rows;
+        }
 
         float upper_factor[kNumChunks], lower_factor[kNumChunks];
 #pragma unroll
@@ -343,14 +412,18 @@ struct Math {
 #pragma unroll
                 for (uint32_t j = 0; j < 8; ++j) pieces[j / 4][j % 4] = upper_pairs[8 * half + j];
                 swap_rows(pieces, even, odd);
-                add(even_row < num_rows, upper_even + offset, even);
-                add(even_row + 1 < num_rows, upper_odd + offset, odd);
+                give(giving, valid[0], target[0], address[0] + offset, even);
+                give(giving, valid[1], target[1], address[1] + offset, odd);
 #pragma unroll
                 for (uint32_t j = 0; j < 8; ++j) pieces[j / 4][j % 4] = lower_pairs[8 * half + j];
                 swap_rows(pieces, even, odd);
-                add(even_row + 8 < num_rows, lower_even + offset, even);
-                add(even_row + 9 < num_rows, lower_odd + offset, odd);
+                give(giving, valid[2], target[2], address[2] + offset, even);
+                give(giving, valid[3], target[3], address[3] + offset, odd);
             }
+        }
+        if (stores) {
+            __syncwarp();
+            if (lane == 0) exchange::count(p.stored + block.first_quarter / kQuarters);
         }
     }
 
@@ -362,9 +435,10 @@ struct Math {
             const Block& block = shared.block[index];
             const uint32_t num_rows = registers::uniform(block.num_rows), first_slot = registers::uniform(block.first_slot);
             const bool last = registers::uniform(block.last);
+            const Giving giving = static_cast<Giving>(registers::uniform(static_cast<uint32_t>(block.giving)));
             if (num_rows == Block::kEnd) return;
             if (num_rows > 0) {
-                project(block, index, num_rows, first_slot, last);
+                project(block, index, num_rows, first_slot, last, giving);
             } else if (last) {
 #pragma unroll 1
                 for (uint32_t slot = first_slot; slot < first_slot + kQuarters; ++slot) {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from emulation.emulator import compiler_missing, emulated
@@ -20,7 +22,7 @@ WIDE = MoEShape(8, 4096, 1792, 2)
 
 
 @pytest.mark.parametrize("variant", [SM90Prefill(), SM90PrefillDeterministic()], ids=lambda variant: variant.name)
-@pytest.mark.parametrize("shape", [*NARROW[:2], WIDE], ids=str)
+@pytest.mark.parametrize("shape", [*NARROW, WIDE], ids=str)
 def test_the_default_compiles_without_spills_or_warnings(variant: SM90Prefill, shape: MoEShape) -> None:
     default = next(iter(variant.configs(shape, 8192)))
     for report in variant.compile(shape, [default]):
@@ -62,10 +64,17 @@ def test_a_shape_it_cannot_serve_is_refused_with_the_reason(shape: MoEShape, rea
 
 
 def emulate(
-    variant: SM90Prefill, workload: Workload, config: Config, seed: int, aligned_ahead: bool = False
+    variant: SM90Prefill,
+    workload: Workload,
+    config: Config,
+    seed: int,
+    aligned_ahead: bool = False,
+    topk_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`out` and what the reference says of it."""
+    """`out` and what the reference says of it, with other ids than the workload's where they are given."""
     weights, inputs = make_weights(workload.shape, seed=0, device=CPU), make_inputs(workload, CPU)
+    if topk_ids is not None:
+        inputs = dataclasses.replace(inputs, topk_ids=topk_ids)
     out = torch.full((workload.num_tokens, workload.shape.hidden_size), torch.nan, dtype=torch.bfloat16)
     expected = expected_output(weights, inputs)
     with emulated(num_sms=4, seed=seed):
@@ -90,6 +99,28 @@ def emulate(
 def test_it_is_right_under_any_interleaving(workload: Workload, aligned_ahead: bool) -> None:
     for seed, config in enumerate(SM90Prefill().configs(workload.shape, workload.num_tokens)):
         out, expected = emulate(SM90Prefill(), workload, config, seed, aligned_ahead)
+        assert (out - expected).norm() <= 0.01 * expected.norm()
+
+
+@pytest.mark.skipif(bool(compiler_missing()), reason=compiler_missing() or "there")
+@pytest.mark.parametrize(
+    ("shape", "times"),
+    [
+        (MoEShape(4, 1280, 128, 3, num_shared_experts=1), (1,)),
+        (MoEShape(4, 1024, 256, 3, num_shared_experts=1), (1, 0)),
+        (MoEShape(4, 1280, 128, 3, num_shared_experts=1), (1, 0, 2, 1, 3)),
+    ],
+    ids=["every token has it", "some tokens have it not", "some have it more than once"],
+)
+def test_rows_of_a_shared_expert_are_stored_before_others_are_added(shape: MoEShape, times: tuple[int, ...]) -> None:
+    num_tokens, last = 70, shape.num_experts - 1
+    generator = torch.Generator().manual_seed(0)
+    topk_ids = torch.rand(num_tokens, last, generator=generator).argsort(dim=1)[:, : shape.top_k].int()
+    for token in range(num_tokens):
+        topk_ids[token, : times[token % len(times)]] = last
+    for seed, config in enumerate(SM90Prefill().configs(shape, num_tokens)):
+        workload = Workload(shape, num_tokens)
+        out, expected = emulate(SM90Prefill(), workload, config, seed, aligned_ahead=seed % 2 == 0, topk_ids=topk_ids)
         assert (out - expected).norm() <= 0.01 * expected.norm()
 
 
