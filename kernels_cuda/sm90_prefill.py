@@ -41,7 +41,7 @@ SLAB_COLUMNS = (256, 512, 384, 128)
 """Of a slab, the best first: 256 beat 512 by up to 6 %, or tie (experiments/2026-11-27_prefill_tiles)."""
 ZEROED_COLUMNS = 512
 """Of `out`, by the up phase; the down phase by slabs zeroes the others. At least one slab."""
-JOB_ROWS = 448
+JOB_ROWS = 192  # of the last expert; others have more
 MAX_HIDDEN_SIZE = 32_640
 """Keeps x_q of 131072 tokens under 2^32 bytes."""
 FLAG_BYTES = MAX_CLUSTERS * CLUSTER_SIZE * 4
@@ -86,7 +86,7 @@ class _DownParams(ctypes.Structure):
         ("ticket_counter", ctypes.c_uint64),
         ("zeroed", ctypes.c_uint64),
         ("stored", ctypes.c_uint64),
-        ("repeated", ctypes.c_uint64),
+        ("looked", ctypes.c_uint64),
         ("topk_ids", ctypes.c_uint64),
         ("out", ctypes.c_uint64),
         ("num_h_rows", ctypes.c_uint32),
@@ -249,7 +249,7 @@ def handed_over(
     zeroed = {"ticket_counter": 16, "up_written": FLAG_BYTES, "down_written": FLAG_BYTES}
     if not is_wide(shape):
         counters = -(-shape.hidden_size // GROUP_SIZE // 4) * 16  # one for each of the narrowest slabs
-        zeroed |= {"zeroed": counters, "stored": counters, "repeated": 16}
+        zeroed |= {"zeroed": counters, "stored": counters, "looked": 16}
     others = {
         "part_sums": num_clusters * max_rows * 1024,
         "jobs": 16 * (1 + job_capacity(num_choices, shape.num_experts)),

@@ -12,7 +12,7 @@
 //
 // A shared expert has a row for nearly every token (STORES_LAST). Its jobs come some slabs ahead of the others', and where a
 // token has it once its row is stored instead of added, so that no zeros have to be. The other jobs of a slab wait until all
-// of its are done.
+// of its are done, which they would for long if it were but two slabs: by then CTAs hold, or have loaded, most of them.
 //
 // Weight rows are so ordered in shared memory that a thread's sums are 8 adjacent columns, and two lanes swap halves of two
 // rows so that 8 lanes add to 128 adjacent bytes.
@@ -45,8 +45,7 @@ constexpr uint32_t kNumQuarters = kHiddenSize / kQuarter;
 constexpr uint32_t kQuarters = SLAB_COLUMNS / kQuarter;   // of a slab
 constexpr uint32_t kNumSlabs = kNumQuarters / kQuarters;
 constexpr uint32_t kSlabsZeroedBefore = DETERMINISTIC ? kNumSlabs : ZEROED_COLUMNS / SLAB_COLUMNS;
-// Of so many slabs before a slab is begun its zeros are written: the last expert's jobs, that much earlier, want them already.
-constexpr uint32_t kZeroedAhead = kSlabsZeroedBefore + kStoresLast;
+constexpr uint32_t kBlocksAhead = 18;  // of each CTA, between one of the last expert and those that wait for it
 constexpr uint32_t kStepsPerQuarter = kQuarter / kBlockN;
 constexpr uint32_t kBlockRows = 64;                   // the M of a wgmma
 constexpr uint32_t kQuarterBytes = kQuarter * kTileK; // of one chunk
@@ -76,9 +75,10 @@ struct Params {
     const int4* jobs;  // see prefill_jobs.cuh
     uint32_t* ticket_counter;  // 0 at the start
     uint32_t* zeroed;  // [slabs]: CTAs that have zeroed their part, 0 at the start
-    uint32_t* stored;    // kStoresLast: [slabs]: warps that have stored their part of a block, 0 at the start
-    uint32_t* repeated;  // kStoresLast: whether a token has the last expert more than once, 0 at the start
-    const int32_t* topk_ids;  // kStoresLast
+    // kStoresLast, and 0 at the start:
+    uint32_t* stored;  // [slabs]: warps that have stored their part of a block
+    uint32_t* looked;  // CTAs that have looked at their tokens; whether one has the last expert more than once
+    const int32_t* topk_ids;
     uint16_t* out;
     uint32_t num_h_rows;
     uint32_t num_tokens;
@@ -95,6 +95,12 @@ __device__ __forceinline__ uint32_t times_of_last(const Params& p, uint32_t toke
 #pragma unroll 4
     for (uint32_t i = 0; i < p.top_k; ++i) times += ids[i] == static_cast<int32_t>(p.num_experts - 1);
     return times;
+}
+
+// By how many slabs jobs of the last expert are ahead of the others.
+__device__ __forceinline__ uint32_t slabs_ahead(uint32_t num_blocks) {
+    const uint32_t slabs = ceil_div(kBlocksAhead * gridDim.x, max(num_blocks, 1u));
+    return kStoresLast ? min(slabs, kNumSlabs) : kSlabsZeroedBefore;
 }
 
 // What becomes of the rows of a block in `out`.
@@ -128,28 +134,35 @@ static_assert(sizeof(SharedStorage) <= SMEM_BYTES, "the launcher reserves too li
 struct Loader {
     const Params& p;
     SharedStorage& shared;
-    const uint32_t num_jobs, num_ahead, num_tickets;
+    const uint32_t num_jobs, num_ahead, num_slabs_ahead, num_tickets;
     RingPosition<kNumBlocks> ring;
     uint32_t next_slot = 0;
     uint32_t first_warpgroup = 0;  // that gets the next job's first block
     uint32_t ready_slab = 0;       // whose `out` waits for additions
+    Giving giving_ahead = Giving::kAdd;
 
     struct Job {
         uint32_t begun_slab, slab;  // the same unless it is ahead
-        int4 rows;                  // expert, first row, number of rows
+        int4 rows;                  // expert, first row, number of rows: 0 where there is nothing to do
     };
 
     __device__ __forceinline__ Loader(const Params& p, SharedStorage& shared) : Loader(p, shared, p.jobs[0]) {}
     __device__ __forceinline__ Loader(const Params& p, SharedStorage& shared, int4 counts)
-        : p(p), shared(shared), num_jobs(counts.x), num_ahead(kStoresLast ? counts.y : 0), num_tickets(num_jobs * kNumSlabs) {}
+        : p(p), shared(shared), num_jobs(counts.x), num_ahead(kStoresLast ? counts.y : 0),
+          num_slabs_ahead(slabs_ahead(counts.w)), num_tickets(num_ahead * num_slabs_ahead + num_jobs * kNumSlabs) {}
 
     __device__ __forceinline__ uint32_t take() const { return gridDim.x + atomicAdd(p.ticket_counter, 1u); }
 
-    // Jobs of the last expert are ahead by as many slabs as need no storing; these it comes to in the end.
+    // First those of the last expert in the first slabs, then slab by slab all jobs, of which its are ahead.
     __device__ __forceinline__ Job job(uint32_t ticket) const {
         if (ticket >= num_tickets) return {};
+        if (ticket < num_ahead * num_slabs_ahead) return {0, ticket / num_ahead, p.jobs[1 + ticket % num_ahead]};
+        ticket -= num_ahead * num_slabs_ahead;
         const uint32_t slab = ticket / num_jobs, index = ticket % num_jobs;
-        return {slab, index < num_ahead ? (slab + kSlabsZeroedBefore) % kNumSlabs : slab, p.jobs[1 + index]};
+        if (index >= num_ahead) return {slab, slab, p.jobs[1 + index]};
+        const uint32_t slab_ahead = slab + num_slabs_ahead;
+        if (slab_ahead >= kNumSlabs) return {};
+        return {slab, slab_ahead, p.jobs[1 + index]};
     }
 
     __device__ __forceinline__ void load_quarter(const Job& job, uint32_t quarter) {
@@ -196,32 +209,43 @@ struct Loader {
     __device__ __forceinline__ Giving begin(const Job& job) {
         if (job.begun_slab != shared.begun_slab) exchange::raise(shared.begun_slab, job.begun_slab);
         if (job.slab < kSlabsZeroedBefore) return Giving::kAdd;
-        const bool is_ahead = kStoresLast && job.slab != job.begun_slab;
-        if (!is_ahead && job.slab == ready_slab) return Giving::kAdd;
-        exchange::await_count(p.zeroed + job.slab, gridDim.x);
-        if (is_ahead) return *p.repeated ? Giving::kStoreWhereOnce : Giving::kStore;  // who zeroes has looked
-        if (kStoresLast) exchange::await_count(p.stored + job.slab, p.jobs[0].z * kWarpsOfBlock);
-        ready_slab = job.slab;
+        if (kStoresLast && job.slab != job.begun_slab) {
+            if (giving_ahead == Giving::kAdd) {
+                exchange::await_count(p.looked, gridDim.x);
+                giving_ahead = p.looked[1] ? Giving::kStoreWhereOnce : Giving::kStore;
+            }
+            if (giving_ahead == Giving::kStoreWhereOnce) exchange::await_count(p.zeroed + job.slab, gridDim.x);
+            return giving_ahead;
+        }
+        if (job.slab != ready_slab) {
+            exchange::await_count(p.zeroed + job.slab, gridDim.x);
+            if (kStoresLast) exchange::await_count(p.stored + job.slab, p.jobs[0].z * kWarpsOfBlock);
+            ready_slab = job.slab;
+        }
         return Giving::kAdd;
+    }
+
+    __device__ __forceinline__ void load(const Job& job) {
+        const Giving giving = begin(job);
+        const uint32_t blocks_in_job = ceil_div(static_cast<uint32_t>(job.rows.z), kBlockRows);
+        const uint32_t num_blocks = ceil_div(blocks_in_job, kNumWarpgroups) * kNumWarpgroups;
+        const uint32_t first_slot = next_slot;
+        load_quarter(job, 0);
+        for (uint32_t index = 0; index < kNumWarpgroups; ++index)
+            load_block(job, giving, index, num_blocks, first_slot);
+        for (uint32_t quarter = 1; quarter < kQuarters; ++quarter) load_quarter(job, quarter);
+        for (uint32_t index = kNumWarpgroups; index < num_blocks; ++index)
+            load_block(job, giving, index, num_blocks, first_slot);
+        first_warpgroup = (first_warpgroup + blocks_in_job) % kNumWarpgroups;
     }
 
     __device__ __forceinline__ void run() {
         uint32_t ticket = blockIdx.x, next_ticket = take();
         Job current = job(ticket);
         while (ticket < num_tickets) {
-            const Giving giving = begin(current);
             const uint32_t ticket_after = take();
             const Job next = job(next_ticket);
-            const uint32_t blocks_in_job = ceil_div(static_cast<uint32_t>(current.rows.z), kBlockRows);
-            const uint32_t num_blocks = ceil_div(blocks_in_job, kNumWarpgroups) * kNumWarpgroups;
-            const uint32_t first_slot = next_slot;
-            load_quarter(current, 0);
-            for (uint32_t index = 0; index < kNumWarpgroups; ++index)
-                load_block(current, giving, index, num_blocks, first_slot);
-            for (uint32_t quarter = 1; quarter < kQuarters; ++quarter) load_quarter(current, quarter);
-            for (uint32_t index = kNumWarpgroups; index < num_blocks; ++index)
-                load_block(current, giving, index, num_blocks, first_slot);
-            first_warpgroup = (first_warpgroup + blocks_in_job) % kNumWarpgroups;
+            if (!kStoresLast || current.rows.z > 0) load(current);
             ticket = next_ticket, next_ticket = ticket_after, current = next;
         }
         exchange::raise(shared.begun_slab, kNumSlabs);
@@ -241,10 +265,11 @@ struct Zeroing {
     __device__ __forceinline__ void run() const {
         constexpr uint32_t kVectors = kQuarters * kQuarter / 8;  // of 8 columns, in a row of a slab
         const uint32_t part = ceil_div(p.num_tokens, gridDim.x), first = min(part * blockIdx.x, p.num_tokens);
-        const uint32_t num_rows = min(part, p.num_tokens - first);
+        const uint32_t num_rows = min(part, p.num_tokens - first), num_slabs_ahead = slabs_ahead(p.jobs[0].w);
+        if (kStoresLast) look(first, first + num_rows);
 #pragma unroll 1
         for (uint32_t slab = kSlabsZeroedBefore; slab < kNumSlabs; ++slab) {
-            exchange::await_raised(shared.begun_slab, slab - min(slab, kZeroedAhead));
+            exchange::await_raised(shared.begun_slab, slab - min(slab, num_slabs_ahead + kStoresLast));
             uint16_t* row = p.out + static_cast<uint64_t>(first) * kHiddenSize + slab * kQuarters * kQuarter;
             uint32_t stored = 0;  // of 32 rows
 #pragma unroll 2
@@ -259,11 +284,19 @@ struct Zeroing {
         }
     }
 
+    // Tells all CTAs if a token has the last expert more than once.
+    __device__ __forceinline__ void look(uint32_t first, uint32_t end) const {
+#pragma unroll 1
+        for (uint32_t token = first + threadIdx.x % 32; token < end; token += 32)
+            if (times_of_last(p, token) > 1) p.looked[1] = 1;
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) exchange::count(p.looked);
+    }
+
     // Of 32 tokens from `first` on, those that have the last expert once.
     __device__ __forceinline__ uint32_t rows_stored(uint32_t first, uint32_t end) const {
-        const uint32_t token = first + threadIdx.x % 32, times = token < end ? times_of_last(p, token) : 0;
-        if (times > 1) *p.repeated = 1;
-        return __ballot_sync(~0u, times == 1);
+        const uint32_t token = first + threadIdx.x % 32;
+        return __ballot_sync(~0u, token < end && times_of_last(p, token) == 1);
     }
 };
 

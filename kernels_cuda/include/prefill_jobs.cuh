@@ -1,23 +1,24 @@
-// The jobs of the down phase: the rows of each expert in chunks of up to kJobBlocks blocks, those of the last expert, which may
-// be a shared one, before the others, and of these larger ones first. They are cut from the experts, not from the tiles of the
-// up phase, so that weights are read as few times as can be.
+// The jobs of the down phase: the rows of each expert in chunks of up to kJobBlocks blocks, larger ones first. They are cut from
+// the experts, not from the tiles of the up phase, so that weights are read as few times as can be. Before them come those of
+// the last expert, which may be a shared one, in chunks of up to kLastJobBlocks: all wait for these.
 #pragma once
 #include "mbarrier.cuh"
 #include "prefill_schedule.cuh"
 
 constexpr uint32_t kBlockRows = 64;   // the M of a wgmma
 constexpr uint32_t kJobBlocks = 7;
+constexpr uint32_t kLastJobBlocks = 3;
 constexpr uint32_t kMostExperts = 1024;
 constexpr uint32_t kNumListThreads = 256;
 constexpr uint32_t kListBarrier = 3;
 
-// jobs[0] is (number of jobs, of the last expert's, of its blocks, 0), each further one (expert, first row of h, rows, 0).
-
-constexpr uint32_t kSizes = kJobBlocks + 2;  // of jobs: their blocks, or of the last expert's
+// jobs[0] is (number of jobs, of the last expert's, of its blocks, of all blocks), each further one (expert, first row of h,
+// number of rows, 0).
 
 struct JobStorage {
     uint32_t num_rows[kMostExperts];
-    uint32_t jobs_of_size[kSizes];  // then the index of the next one
+    uint32_t jobs_of_size[kJobBlocks + 1];  // by blocks; then the index of the next one
+    uint32_t num_blocks;
     uint32_t warp_total[kNumListThreads / 32];
 };
 
@@ -39,10 +40,12 @@ struct Cut {
 // its branches would keep the compiler from seeing what is uniform in the loops that follow.
 __device__ __noinline__ void list_jobs(JobStorage& shared, const Tile* tiles, uint32_t num_experts, int4* jobs) {
     constexpr uint32_t kPerThread = kMostExperts / kNumListThreads;
-    const uint32_t thread = threadIdx.x, lane = thread % 32, first_expert = kPerThread * thread;
+    constexpr uint32_t kLastJobRows = kLastJobBlocks * kBlockRows;
+    const uint32_t thread = threadIdx.x, lane = thread % 32, first_expert = kPerThread * thread, last_expert = num_experts - 1;
 #pragma unroll
     for (uint32_t i = 0; i < kPerThread; ++i) shared.num_rows[first_expert + i] = 0;
-    if (thread < kSizes) shared.jobs_of_size[thread] = 0;
+    if (thread <= kJobBlocks) shared.jobs_of_size[thread] = 0;
+    if (thread == 0) shared.num_blocks = 0;
     named_barrier(kListBarrier, kNumListThreads);
     const uint32_t num_tiles = tiles[0].expert;
 #pragma unroll 4
@@ -50,16 +53,16 @@ __device__ __noinline__ void list_jobs(JobStorage& shared, const Tile* tiles, ui
         atomicAdd(&shared.num_rows[tiles[1 + tile].expert], tiles[1 + tile].num_rows);
     named_barrier(kListBarrier, kNumListThreads);
 
-    const auto size_of = [&](const Cut& cut, uint32_t i, uint32_t index) {
-        return first_expert + i == num_experts - 1 ? kSizes - 1 : cut.blocks(index);
-    };
-    uint32_t sum = 0;
+    const auto cut_of = [&](uint32_t expert) { return Cut(expert == last_expert ? 0u : shared.num_rows[expert]); };
+    const uint32_t last_rows = shared.num_rows[last_expert], num_last = ceil_div(last_rows, kLastJobRows);
+    uint32_t sum = 0, num_blocks = 0;
 #pragma unroll
     for (uint32_t i = 0; i < kPerThread; ++i) {
-        const Cut cut(shared.num_rows[first_expert + i]);
-        sum += cut.num_rows;
-        for (uint32_t index = 0; index < cut.num_jobs; ++index) atomicAdd(&shared.jobs_of_size[size_of(cut, i, index)], 1u);
+        const Cut cut = cut_of(first_expert + i);
+        sum += cut.num_rows, num_blocks += cut.num_blocks;
+        for (uint32_t index = 0; index < cut.num_jobs; ++index) atomicAdd(&shared.jobs_of_size[cut.blocks(index)], 1u);
     }
+    if (num_blocks > 0) atomicAdd(&shared.num_blocks, num_blocks);
     uint32_t within = sum;
 #pragma unroll
     for (uint32_t offset = 1; offset < 32; offset *= 2) {
@@ -68,25 +71,34 @@ __device__ __noinline__ void list_jobs(JobStorage& shared, const Tile* tiles, ui
     }
     if (lane == 31) shared.warp_total[thread / 32] = within;
     named_barrier(kListBarrier, kNumListThreads);
-    uint32_t first_row = within - sum;
-    for (uint32_t warp = 0; warp < thread / 32; ++warp) first_row += shared.warp_total[warp];
-    if (thread == 0) {
-        const uint32_t of_last = shared.jobs_of_size[kSizes - 1];
-        uint32_t before = 0;
+    uint32_t first_row = within - sum, num_other_rows = 0;
 #pragma unroll
-        for (uint32_t size = kSizes - 1; size > 0; --size) {
-            const uint32_t num_jobs = shared.jobs_of_size[size];
-            shared.jobs_of_size[size] = before;
+    for (uint32_t warp = 0; warp < kNumListThreads / 32; ++warp) {
+        if (warp == thread / 32) first_row += num_other_rows;
+        num_other_rows += shared.warp_total[warp];
+    }
+    if (thread == 0) {
+        uint32_t before = num_last;
+#pragma unroll
+        for (uint32_t blocks = kJobBlocks; blocks > 0; --blocks) {
+            const uint32_t num_jobs = shared.jobs_of_size[blocks];
+            shared.jobs_of_size[blocks] = before;
             before += num_jobs;
         }
-        jobs[0] = make_int4(before, of_last, Cut(shared.num_rows[num_experts - 1]).num_blocks, 0);
+        const uint32_t last_blocks = ceil_div(last_rows, kBlockRows);
+        jobs[0] = make_int4(before, num_last, last_blocks, shared.num_blocks + last_blocks);
+    }
+#pragma unroll 1
+    for (uint32_t index = thread; index < num_last; index += kNumListThreads) {
+        const uint32_t row = index * kLastJobRows;
+        jobs[1 + index] = make_int4(last_expert, first_h_row(last_expert, num_other_rows) + row, min(last_rows - row, kLastJobRows), 0);
     }
     named_barrier(kListBarrier, kNumListThreads);
 #pragma unroll
     for (uint32_t i = 0; i < kPerThread; ++i) {
-        const Cut cut(shared.num_rows[first_expert + i]);
+        const Cut cut = cut_of(first_expert + i);
         for (uint32_t index = 0; index < cut.num_jobs; ++index) {
-            const uint32_t position = atomicAdd(&shared.jobs_of_size[size_of(cut, i, index)], 1u);
+            const uint32_t position = atomicAdd(&shared.jobs_of_size[cut.blocks(index)], 1u);
             const uint32_t first = first_h_row(first_expert + i, first_row) + cut.first_block(index) * kBlockRows;
             jobs[1 + position] = make_int4(first_expert + i, first, cut.rows(index), 0);
         }
