@@ -148,7 +148,6 @@ struct WeightLoader {
             const bool takes = !schedule.few && (!kFuses || piece.phase != kFusedUp);
             uint32_t taken = 0;
             if (takes && !counter_is_set) {  // by the previous kernel, to -1
-                if (begun) piece.first_unit = fill_ring(piece);
                 grid_dependency::wait();
                 counter_is_set = true;
             }
@@ -161,16 +160,6 @@ struct WeightLoader {
                 ticket = schedule.next_ticket(ticket);
             piece = kFuses && piece.phase == kFusedUp ? Schedule::following(piece) : schedule.piece(ticket);
         }
-    }
-
-    // Loads as much of the first piece, which is of the up phase, as there is room for. Returns the first unit that is left.
-    __device__ __forceinline__ uint32_t fill_ring(const Piece& piece) {
-        const uint32_t expert = registers::uniform(tile_at(p, shared, piece.item / kNumChunks).expert);
-        const uint32_t end = min(piece.last_unit, piece.first_unit + kNumStages - kNumInFlight);
-        uint32_t unit = piece.first_unit;
-#pragma unroll 1
-        for (; unit < end; ++unit) load(up_stage(expert, piece.item % kNumChunks, unit), kStageBytes);
-        return unit;
     }
 
     __device__ __forceinline__ void load_units(const Piece& piece) {
