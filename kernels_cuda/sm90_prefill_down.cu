@@ -17,8 +17,9 @@
 // Weight rows are so ordered in shared memory that a thread's sums are 8 adjacent columns, and two lanes swap halves of two
 // rows so that 8 lanes add to 128 adjacent bytes.
 //
-// On an H200, dsv3_tp8: 280 us at M=4096, 481 at M=8192, where it adds 1.06 GB, held by the traffic between the halves of L2:
-// experiments/2026-11-23_prefill, 2026-11-27_prefill_tiles for the slabs, 2026-11-28_prefill_steps for the zeros.
+// On an H200, dsv3_tp8: 280 us at M=4096, 481 at M=8192, where it adds 1.06 GB, held by the traffic between the halves of L2;
+// some 15 and 20 less since rows are stored first: experiments/2026-11-23_prefill, 2026-11-27_prefill_tiles for the slabs,
+// 2026-11-28_prefill_steps for the zeros, 2026-11-28_stored_first.
 //
 // Set by the compiler's command line: HIDDEN_SIZE, NUM_CHUNKS (intermediate size / 128: 1 or 2), NUM_WARPGROUPS that
 // multiply (2, 3), BLOCK_N (64, 128) columns of a product, SLAB_COLUMNS (128..512), ZEROED_COLUMNS that the up phase has

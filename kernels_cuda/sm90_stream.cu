@@ -30,9 +30,9 @@
 // sm90_combine.cu adds those up in a fixed order.
 //
 // Over sm90_fused.cu: SMs share bytes, not items, so that none idles where items do not divide over SMs. On an H200, kernel
-// alone, of the floor of reading the weights: dsv3_tp8 M=1 17.9 us (1.40), M=16 126 (1.02), M=64 272 (1.01), M=256 316 (1.02);
-// dsv3_tp16 M=16 66 (1.06), M=64 141 (1.03), M=256 168 (1.07); qwen3next_tp4 M=128 86 (1.05), M=1024 108 (1.19):
-// experiments/2026-11-28_shipped; 2026-11-28_additions and 2026-11-28_heights say what holds it.
+// alone, of the floor of reading the weights: dsv3_tp8 M=1 17.9 us (1.40), M=16 126 (1.03), M=64 272 (1.01), M=256 317 (1.02);
+// dsv3_tp16 M=16 66 (1.06), M=64 140 (1.03), M=256 167 (1.06); qwen3next_tp4 M=128 86 (1.05), M=1024 106 (1.16):
+// experiments/2026-11-28_shipped; 2026-11-28_additions, 2026-11-28_heights and 2026-11-28_tall_tiles say what holds it.
 //
 // Code of more than some 70 KB costs 2 to 4 us a call, whether it runs or not (experiments/2026-11-28_code_size): what a kernel
 // does not need is left out of it.

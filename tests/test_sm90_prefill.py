@@ -118,7 +118,9 @@ def test_rows_of_a_shared_expert_are_stored_before_others_are_added(shape: MoESh
     topk_ids = torch.rand(num_tokens, last, generator=generator).argsort(dim=1)[:, : shape.top_k].int()
     for token in range(num_tokens):
         topk_ids[token, : times[token % len(times)]] = last
-    for seed, config in enumerate(SM90Prefill().configs(shape, num_tokens)):
+    configs = list(SM90Prefill().configs(shape, num_tokens))
+    slabs = [config for config in configs if config["max_rows"] == configs[0]["max_rows"]]  # of each width
+    for seed, config in enumerate(slabs):
         workload = Workload(shape, num_tokens)
         out, expected = emulate(SM90Prefill(), workload, config, seed, aligned_ahead=seed % 2 == 0, topk_ids=topk_ids)
         assert (out - expected).norm() <= 0.01 * expected.norm()

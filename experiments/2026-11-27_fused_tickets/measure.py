@@ -1,4 +1,5 @@
-"""Checks and times cuda.sm90_stream against copies of it, interleaved, on a GPU:
+"""Checks and times cuda.sm90_stream, or with the argument prefill cuda.sm90_prefill, against copies of it, interleaved,
+on a GPU:
 
     python experiments/2026-11-27_fused_tickets/measure.py compile cells...   # without a GPU: all kernels of the rest
     python experiments/2026-11-27_fused_tickets/measure.py check mixed cells=dsv3_tp16:64,256 cells=qwen3next_tp4:512
@@ -49,8 +50,11 @@ LAWS = ("uniform", "zipf:1.2", "one-expert")
 NEW = "kernels_cuda"
 
 
-def module(package: str):
-    return importlib.import_module(f"{package}.sm90_stream")
+def plain_and_deterministic(package: str) -> list:
+    """The variant of a package in its two forms."""
+    kernel = "Prefill" if "prefill" in sys.argv else "Stream"
+    module = importlib.import_module(f"{package}.sm90_{kernel.lower()}")
+    return [getattr(module, f"SM90{kernel}{form}")() for form in ("", "Deterministic")]
 
 
 def relative(out: torch.Tensor, expected: torch.Tensor) -> float:
@@ -63,7 +67,7 @@ def small_configs(variant, shape: MoEShape, num_tokens: int) -> list[Config]:
 
 def check() -> bool:
     worst, failures, number = 0.0, 0, 0
-    for variant, shape in itertools.product(variants(), SMALL_SHAPES):
+    for variant, shape in itertools.product(plain_and_deterministic(NEW), SMALL_SHAPES):
         weights = make_weights(shape, seed=0, device=DEVICE)
         prepared = variant.prepare(weights)
         for law, num_tokens, dropped in itertools.product(LAWS, SMALL_TOKENS, (0.0, 0.4)):
@@ -84,13 +88,9 @@ def check() -> bool:
     return failures == 0
 
 
-def variants() -> list:
-    return [module(NEW).SM90Stream(), module(NEW).SM90StreamDeterministic()]
-
-
 def mixed(num_calls: int = 4000) -> bool:
     failures = 0
-    variant = module(NEW).SM90Stream()
+    variant = plain_and_deterministic(NEW)[0]
     for shape in SMALL_SHAPES[:3]:
         weights = make_weights(shape, seed=0, device=DEVICE)
         prepared = variant.prepare(weights)
@@ -123,7 +123,7 @@ def candidates(arguments: list[str], shape: MoEShape, num_tokens: int) -> list[t
     options = dict(argument.split("=") for argument in arguments if argument.startswith(kinds))
     found = []
     for package in (NEW, *(argument.removeprefix("copy=") for argument in arguments if argument.startswith("copy="))):
-        variant = module(package).SM90Stream()
+        variant = plain_and_deterministic(package)[0]
         config = next(iter(variant.configs(shape, num_tokens)))
         found.append((package.removesuffix("_kernels").replace(NEW, "new"), variant, config))
     new = found[0][1]
@@ -136,7 +136,7 @@ def candidates(arguments: list[str], shape: MoEShape, num_tokens: int) -> list[t
     ]
     found += [(f"rows {config['max_rows']}", new, config) for config in rows_that_are_near]
     for in_flight in options.get("in_flight", "").split(","):
-        if in_flight and int(in_flight) < default["num_stages"]:
+        if in_flight and int(in_flight) < default.integer("num_stages"):
             found.append((f"in flight {in_flight}", new, Config(**{**dict(default), "num_in_flight": int(in_flight)})))
     for parts in options.get("parts", "").split(","):
         if parts and 4 <= num_tokens <= 128 and int(parts) != default["max_parts"]:
@@ -168,10 +168,11 @@ def time_cells(arguments: list[str]) -> None:
             for label, variant, config in candidates(arguments, shape, num_tokens):
                 if variant.name not in prepared:
                     own = prepared[variant.name] = variant.prepare(weights)
-                    shared = next(iter(prepared.values()))  # where weights lie is worth up to 1.5 us at small batches
-                    own.tiles, own.params.w13 = (shared.tiles[0], own.tiles[1]), shared.params.w13
-                    if "own_w2" not in arguments:
-                        own.tiles, own.params.w2 = shared.tiles, shared.params.w2
+                    shared = next(iter(prepared.values()))
+                    if "prefill" not in arguments:  # where weights lie is worth up to 1.5 us at small batches
+                        own.tiles, own.params.w13 = (shared.tiles[0], own.tiles[1]), shared.params.w13
+                        if "own_w2" not in arguments:
+                            own.tiles, own.params.w2 = shared.tiles, shared.params.w2
                 own = prepared[variant.name]
                 if "layer" in arguments:
                     aligned = batches
@@ -191,8 +192,7 @@ def time_cells(arguments: list[str]) -> None:
             measured = timing.measure(armed, backend, timing.Effort(num_samples=16))
             floor = statistics.mean(floor_us(shape, batch.topk_ids, "bf16", name) or 0.0 for batch in batches)
             figures = "  ".join(
-                f"{label} {found.median_us:.1f} ({configs[label]['max_rows']}/{configs[label]['num_stages']})"
-                for label, found in measured.items()
+                f"{label} {found.median_us:.1f} ({configs[label]['max_rows']})" for label, found in measured.items()
             )
             error, seconds = max(errors.values()), time.monotonic() - started
             print(
@@ -209,7 +209,7 @@ def compile_all(arguments: list[str]) -> None:
         for _, variant, config in candidates(arguments, shape, num_tokens):
             wanted[variant.name, shape, config] = (variant, shape, config)
     if "check" in arguments or "mixed" in arguments:
-        for variant, shape, num_tokens in itertools.product(variants(), SMALL_SHAPES, SMALL_TOKENS):
+        for variant, shape, num_tokens in itertools.product(plain_and_deterministic(NEW), SMALL_SHAPES, SMALL_TOKENS):
             for config in small_configs(variant, shape, num_tokens):
                 wanted[variant.name, shape, config] = (variant, shape, config)
     print(len(wanted), "to compile", flush=True)

@@ -35,6 +35,7 @@ SMALL = MoEShape(3, 512, 128, 2)
 TWO_CHUNKS = MoEShape(3, 512, 256, 3, num_shared_experts=1)
 WIDE = MoEShape(2, 512, 384, 2)
 LONG_K = MoEShape(2, 4096, 128, 2)
+SHARED = MoEShape(5, 1280, 128, 3, num_shared_experts=1)
 
 Configs = Callable[[Variant, MoEShape, int], list[Config]]
 
@@ -103,10 +104,12 @@ CASES = (
     Case(SMALL, 1250, STREAM[:1], stream_heights(8, max_parts=FLAGGED_PARTS)),
     Case(TWO_CHUNKS, 900, STREAM, stream_heights(8, 64, max_parts=FLAGGED_PARTS), "one-expert"),
     Case(SMALL, 8500, STREAM[:1], stream_heights(64, max_parts=FLAGGED_PARTS)),  # choices in order by a large cluster
+    Case(SMALL, 400, STREAM, stream_heights(80, 96, max_parts=FLAGGED_PARTS)),
     Case(MoEShape(3, 384, 192, 2), 40, STREAM, stream_heights(24)),  # half a chunk, half a group of columns
     # All heights of tiles, all slabs; the last items are shared to the step of K.
     Case(LONG_K, 600, PREFILL, everything),
     Case(TWO_CHUNKS, 300, PREFILL, everything, "one-expert"),  # slabs of two chunks
+    Case(SHARED, 700, PREFILL, everything),  # most rows of the shared expert are stored, a fifth of the tokens lack it
     Case(WIDE, 500, PREFILL, everything),  # the wide down phase
     Case(WIDE, 5, PREFILL, everything),
     Case(SMALL, 9000, PREFILL, lowest_tiles),  # more items than CTAs: some are dealt out whole
