@@ -11,6 +11,18 @@ import torch
 FLUSH_BYTES = 384 << 20
 
 
+def captured(call: Callable[[int], object], calls: int) -> torch.cuda.CUDAGraph:
+    """A graph of calls 0..calls-1, after one outside of it; replayed once."""
+    call(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            call(i)
+    graph.replay()
+    return graph
+
+
 def graph_difference(
     call: Callable[[int], object], device: torch.device | str = "cuda:0", *, calls: int = 8, samples: int = 10
 ) -> float:
@@ -19,18 +31,8 @@ def graph_difference(
     call    enqueues the call of that number, 0..calls-1
     """
     memory = torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device=device)
-
-    def captured(body: Callable[[int], object]) -> torch.cuda.CUDAGraph:
-        body(0)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for i in range(calls):
-                body(i)
-        graph.replay()
-        return graph
-
-    with_calls, without = captured(lambda i: (memory.sum(), call(i))), captured(lambda _: memory.sum())
+    with_calls = captured(lambda i: (memory.sum(), call(i)), calls)
+    without = captured(lambda _: memory.sum(), calls)
     differences = []
     for _ in range(samples):
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]

@@ -16,6 +16,7 @@ import time
 
 import torch
 
+from experiments.cold_l2 import captured
 from kernels_cuda import sm90_prologue as prologue
 from reference.quant import quantise_activations
 from reference.routing import AlignedRouting, TiledRouting, align_block_size, tile_rows
@@ -171,12 +172,7 @@ def loop() -> None:
 
 
 def graph_us(call, calls: int = 20, samples: int = 15) -> float:
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            call()
+    graph = captured(lambda _: call(), calls)
     times = []
     for _ in range(samples + 2):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

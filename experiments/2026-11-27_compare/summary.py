@@ -208,6 +208,10 @@ def print_bars(cells: list[Measured], skewed: list[Measured], traces: list[Trace
         if ratio.label in uniform
     ]
     line("zipf 1.2, ours / floor over the same with uniform", skew, 1.05, None, at_most=True)
+    if len(skew) > 1:
+        _, next_to_worst, *_ = sorted((ratio.value for ratio in skew), reverse=True)
+        within = sum(ratio.value <= 1.10 for ratio in skew)
+        print(f"| the same, next to worst | | | {next_to_worst:.4g} ({within} of {len(skew)} cells within 1.10) | |")
     found = {one.key: one.accuracy.rel_err for one in traces if one.job == "verify" and one.accuracy}
     errors = [Ratio(found[at.ours.key], at.label) for at in cells if at.ours]
     line("relative error of ours, uniform", errors, 0.008, 0.005, at_most=True)

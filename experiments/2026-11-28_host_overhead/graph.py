@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Callable
 
 import torch
 
+from experiments.cold_l2 import captured
 from workbench import MoELayer, fused_moe, registry
 from workbench.generate import make_inputs, make_weights
 from workbench.models import shape_of_alias
@@ -21,17 +21,6 @@ from workbench.problem import Workload
 
 SHAPES, TOKENS = ("dsv3_tp16", "dsv3_tp8", "qwen3next_tp4"), (1, 8, 64, 512, 4096)
 CALLS, ROUNDS = 16, 41
-
-
-def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            call()
-    graph.replay()
-    return graph
 
 
 def microseconds(graph: torch.cuda.CUDAGraph) -> float:
@@ -67,7 +56,7 @@ def main() -> None:
                 out=out,
                 num_shared_experts=shape.num_shared_experts,
             )
-            graphs = captured(run), captured(call)
+            graphs = [captured(lambda _, enqueue=enqueue: enqueue(), CALLS) for enqueue in (run, call)]
             times = [[microseconds(graph) for graph in graphs] for _ in range(ROUNDS)]
             alone, ours = (statistics.median(column) for column in zip(*times, strict=True))
             print(f"{alias:14}{num_tokens:>6}  {name:26}{alone:>10.2f}{ours:>11.2f}{ours / alone:>8.3f}", flush=True)
