@@ -90,8 +90,8 @@ __device__ __noinline__ void list_jobs(JobStorage& shared, const Tile* tiles, ui
     }
 #pragma unroll 1
     for (uint32_t index = thread; index < num_last; index += kNumListThreads) {
-        const uint32_t row = index * kLastJobRows;
-        jobs[1 + index] = make_int4(last_expert, first_h_row(last_expert, num_other_rows) + row, min(last_rows - row, kLastJobRows), 0);
+        const uint32_t row = index * kLastJobRows, first = first_h_row(last_expert, num_other_rows) + row;
+        jobs[1 + index] = make_int4(last_expert, first, min(last_rows - row, kLastJobRows), 0);
     }
     named_barrier(kListBarrier, kNumListThreads);
 #pragma unroll
