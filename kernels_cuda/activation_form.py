@@ -28,6 +28,11 @@ def activation_form(shape: MoEShape) -> ActivationForm:
     return ActivationForm(limit, shape.swiglu_alpha, shape.swiglu_beta, power_of_two_scales(shape))
 
 
+def is_plain_swiglu(shape: MoEShape) -> bool:
+    """Whether there is neither a limit nor an alpha or beta."""
+    return shape.swiglu_limit is None and shape.swiglu_alpha == 1 and shape.swiglu_beta == 0
+
+
 def power_of_two_scales(shape: MoEShape) -> bool:
     """Whether activations are quantised with scales that are powers of two."""
     return shape.activation_scales == "group_ue8m0"

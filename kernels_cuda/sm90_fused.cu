@@ -157,7 +157,7 @@ struct Math {
 #pragma unroll
             for (uint32_t w = 0; w < kNumMathWarps; ++w) amax = fmaxf(amax, shared.amax[w][thread]);
             const float scale = p.form.scale(amax);
-            shared.inverse_scale[thread] = 1.f / scale;
+            shared.inverse_scale[thread] = reciprocal(scale);
             const uint32_t choice = p.sorted_token_ids[block * kBlockM + thread];
             OutputRow row{0.f, -1};
             if (choice < p.num_choices)

@@ -32,7 +32,7 @@ MAX_STAGES = 5
 MAX_CLUSTERS = 96
 MOST_SLAB_CHUNKS = 2
 """Up to so many chunks of 128 channels the weights of a slab of columns stay in shared memory."""
-HEIGHTS = {128: 100, 160: 140, 192: 200, 272: math.inf}
+HEIGHTS = {128: 100, 160: 140, 192: 175, 272: math.inf}
 """Heights of tiles, each with the most rows of an expert, on average, up to which it is the default; from 20 to
 290 rows were measured (experiments/2026-11-28_prefill_steps, 2026-11-28_prefill_producers)."""
 LEAST_STAGES = 4
@@ -63,6 +63,7 @@ class _UpParams(ctypes.Structure):
         ("h_scale", ctypes.c_uint64),
         ("destination", ctypes.c_uint64),
         ("jobs", ctypes.c_uint64),
+        ("jobs_listed", ctypes.c_uint64),
         ("out", ctypes.c_uint64),
         ("num_out_rows", ctypes.c_uint32),
         ("zeroed_row_bytes", ctypes.c_uint32),
@@ -71,7 +72,7 @@ class _UpParams(ctypes.Structure):
         ("top_k", ctypes.c_uint32),
         ("num_experts", ctypes.c_uint32),
         ("num_h_rows", ctypes.c_uint32),
-        ("padding", ctypes.c_uint8 * 48),  # the kernel's struct is aligned to 64 bytes
+        ("padding", ctypes.c_uint8 * 40),  # the kernel's struct is aligned to 64 bytes
     )
 
 
@@ -83,6 +84,7 @@ class _DownParams(ctypes.Structure):
         ("w2_scale", ctypes.c_uint64),
         ("destination", ctypes.c_uint64),
         ("jobs", ctypes.c_uint64),
+        ("jobs_listed", ctypes.c_uint64),
         ("ticket_counter", ctypes.c_uint64),
         ("zeroed", ctypes.c_uint64),
         ("stored", ctypes.c_uint64),
@@ -93,7 +95,7 @@ class _DownParams(ctypes.Structure):
         ("num_tokens", ctypes.c_uint32),
         ("top_k", ctypes.c_uint32),
         ("num_experts", ctypes.c_uint32),
-        ("padding", ctypes.c_uint8 * 24),  # the kernel's struct is aligned to 64 bytes
+        ("padding", ctypes.c_uint8 * 16),  # the kernel's struct is aligned to 64 bytes
     )
 
 
@@ -186,8 +188,13 @@ def _compile_up(shape: MoEShape, config: Config, deterministic: bool) -> tuple[C
     block_m, num_k = config.integer("max_rows") // CLUSTER_SIZE, shape.hidden_size // GROUP_SIZE
     num_stages = most_stages(block_m, num_k)
     num_bytes = up_smem_bytes(block_m, num_k, num_stages)
-    sizes = {"NUM_STAGES": num_stages, "SMEM_BYTES": num_bytes, "PARAMS_BYTES": ctypes.sizeof(_UpParams)}
-    return compile_kernel(UP, _grouped_defines(shape, config, deterministic) | sizes), num_bytes
+    defines = {
+        "NUM_STAGES": num_stages,
+        "PLAIN_SWIGLU": int(activation_form.is_plain_swiglu(shape)),
+        "SMEM_BYTES": num_bytes,
+        "PARAMS_BYTES": ctypes.sizeof(_UpParams),
+    }
+    return compile_kernel(UP, _grouped_defines(shape, config, deterministic) | defines), num_bytes
 
 
 def _compile_down(shape: MoEShape, config: Config, deterministic: bool) -> tuple[Cubin, int]:
@@ -246,7 +253,7 @@ def handed_over(
 ) -> tuple[dict[str, int], dict[str, int]]:
     """What the kernels of one call hand each other: bytes of parts that are zero before the first, and of others."""
     num_chunks, h_rows = shape.intermediate_size // GROUP_SIZE, num_h_rows(num_choices, shape.num_experts)
-    zeroed = {"ticket_counter": 16, "up_written": FLAG_BYTES, "down_written": FLAG_BYTES}
+    zeroed = {"ticket_counter": 16, "jobs_listed": 16, "up_written": FLAG_BYTES, "down_written": FLAG_BYTES}
     if not is_wide(shape):
         counters = -(-shape.hidden_size // GROUP_SIZE // 4) * 16  # one for each of the narrowest slabs
         zeroed |= {"zeroed": counters, "stored": counters, "looked": 16}
@@ -326,7 +333,13 @@ class SM90Prefill(Variant):
     def prepare(self, weights: MoEWeights) -> Prepared:
         shape = weights.shape
         experts, hidden, intermediate = shape.num_experts, shape.hidden_size, shape.intermediate_size
-        w13 = tma.encode(weights.w13, (hidden, experts * 2 * intermediate), (hidden,), (128, 128))
+        # Of 16 rows the even ones come first: a thread's wgmma accumulators are adjacent channels then.
+        w13 = tma.encode(
+            weights.w13,
+            (hidden, 8, 2, experts * 2 * intermediate // 16),
+            (2 * hidden, hidden, 16 * hidden),
+            (128, 8, 2, 8),
+        )
         up_params = _UpParams(
             w13=(ctypes.c_uint8 * len(w13)).from_buffer_copy(w13),
             w13_scale=weights.w13_scale.data_ptr(),

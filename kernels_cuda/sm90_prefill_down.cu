@@ -234,14 +234,17 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) sm90_prefill_down(c
         mbarrier::fence_init();
     }
     __syncthreads();
-    grid_dependency::wait();
-    grid_dependency::launch_dependents();
     if (threadIdx.x >= kNumMathThreads) {
         registers::decrease<kProducerRegisters>();
+        const uint32_t warp = threadIdx.x / 32 - kNumMathThreads / 32;
+        if (warp < 2 && threadIdx.x % 32 == 0) exchange::await(p.jobs_listed);
+        __syncwarp();
         if (threadIdx.x == kNumMathThreads) Loader(p, shared).run();
-        if (threadIdx.x / 32 == kNumMathThreads / 32 + 1) Zeroing{p, shared}.run();
+        if (warp == 1) Zeroing{p, shared}.run();
     } else {
         registers::increase<kMathRegisters>();
+        grid_dependency::wait();
+        grid_dependency::launch_dependents();
         Math(p, shared).run();
     }
 }

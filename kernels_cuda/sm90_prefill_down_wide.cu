@@ -62,6 +62,7 @@ struct Operands {
     __device__ __forceinline__ uint32_t source_row(const Tile& tile, uint32_t row) const {
         return first_h_row(tile.expert, tile.first_row) + row;
     }
+    __device__ __forceinline__ void begin_row(const Tile&, uint32_t, uint32_t, uint32_t) const {}
     __device__ __forceinline__ const uint4* pieces() const { return reinterpret_cast<const uint4*>(p.h); }
     __device__ __forceinline__ static uint32_t row_piece(uint32_t row, uint32_t piece) {
         return row * (kGroupSize / 16) + (piece ^ row % 8);

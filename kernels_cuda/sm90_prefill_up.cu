@@ -13,20 +13,22 @@
 // experiments/2026-11-28_prefill_producers, with what holds it: at once tensor cores, shared memory, and L2.
 //
 // Set by the compiler's command line: HIDDEN_SIZE, NUM_CHUNKS (intermediate size / 128), BLOCK_M (64, 80, 96, 136), NUM_STAGES,
-// DETERMINISTIC (items are never split), and what the launcher passes: SMEM_BYTES of shared memory and PARAMS_BYTES of
-// parameters.
+// DETERMINISTIC (items are never split), PLAIN_SWIGLU (no limit, alpha 1, beta 0), and what the launcher passes: SMEM_BYTES of
+// shared memory and PARAMS_BYTES of parameters.
 #include "activation.cuh"
 #include "prefill_jobs.cuh"
 #include "prefill_math.cuh"
 #include "registers.cuh"
+#include "store_matrix.cuh"
 
 constexpr uint32_t kHiddenSize = HIDDEN_SIZE;
 constexpr uint32_t kNumChunks = NUM_CHUNKS;
 constexpr bool kDeterministic = DETERMINISTIC;
+constexpr bool kPlainSwiglu = PLAIN_SWIGLU;
 constexpr uint32_t kNumK = kHiddenSize / kTileK;
 
 struct Params {
-    TensorMap w13;  // [E * 2I, H], boxes of 128 rows x 128 bytes
+    TensorMap w13;  // [E * 2I, H], boxes of 128 rows x 128 bytes, of 16 rows first the even ones
     const uint8_t* x_q;
     const float* x_scale;
     const float* w13_scale;
@@ -39,6 +41,7 @@ struct Params {
     float* h_scale;          // [num_h_rows][I/128], times topk_weight * routed_scaling_factor
     uint32_t* destination;   // [num_h_rows]: the row of `out` that the row adds to; deterministic: its choice
     int4* jobs;              // of the down phase, see prefill_jobs.cuh
+    uint32_t* jobs_listed;   // 0 at the start: 1 when they are
     uint8_t* out;            // bf16 [num_out_rows, H], whose first columns are to be zeroed
     uint32_t num_out_rows;
     uint32_t zeroed_row_bytes;
@@ -47,7 +50,7 @@ struct Params {
     uint32_t top_k;
     uint32_t num_experts;
     uint32_t num_h_rows;
-    uint8_t padding[48];  // alignment
+    uint8_t padding[40];  // alignment
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "the launcher's struct differs");
 
@@ -79,6 +82,12 @@ struct Operands {
     __device__ __forceinline__ uint32_t source_row(const Tile& tile, uint32_t row) const {
         return p.sorted_choices[tile.first_row + row] / p.top_k;
     }
+    // Where the row of h goes.
+    __device__ __forceinline__ void begin_row(const Tile& tile, uint32_t chunk, uint32_t row, uint32_t token) const {
+        if (chunk != 0) return;
+        const uint32_t destination = kDeterministic ? p.sorted_choices[tile.first_row + row] : token;
+        p.destination[first_h_row(tile.expert, tile.first_row) + row] = destination;
+    }
     __device__ __forceinline__ const uint4* pieces() const { return reinterpret_cast<const uint4*>(p.x_q); }
     __device__ __forceinline__ static uint32_t row_piece(uint32_t row, uint32_t piece) {
         return row * (kHiddenSize / 16) + piece;
@@ -91,7 +100,7 @@ struct Operands {
     __device__ __forceinline__ void load_weights(uint8_t* target, uint64_t& full, uint32_t expert, uint32_t chunk, uint32_t k,
                                                  uint32_t half, uint64_t policy) const {
         const uint32_t row = ((expert * 2 + half) * kNumChunks + chunk) * kGroupSize;
-        tma_multicast_2d(target, p.w13, full, k * kTileK, row, 0b11, policy);
+        tma_multicast_4d(target, p.w13, full, k * kTileK, 0, 0, row / 16, 0b11, policy);
     }
 };
 
@@ -103,13 +112,12 @@ struct Activation {
     static constexpr uint32_t kNone = ~0u;
 
     // What the down phase needs of a row whose activations have been scaled by 1 / `scale`.
-    __device__ __forceinline__ void hand_over(uint32_t h_row, uint32_t chunk, uint32_t choice, float scale, float weight) const {
+    __device__ __forceinline__ void hand_over(uint32_t h_row, uint32_t chunk, float scale, float weight) const {
         p.h_scale[static_cast<uint64_t>(h_row) * kNumChunks + chunk] = scale * (weight * p.routed_scaling_factor);
-        if (chunk == 0) p.destination[h_row] = kDeterministic ? choice : choice / p.top_k;
     }
 
-    // The warp that sends the rows on, and waits before they are overwritten.
-    __device__ __forceinline__ static bool sends(uint32_t warp) { return registers::uniform(warp) == 0; }
+    // The warp that sends the rows on, and waits before they are overwritten: the last, for others have scales to hand over.
+    __device__ __forceinline__ static bool sends(uint32_t warp) { return registers::uniform(warp) == kNumMathWarps - 1; }
 
     __device__ __forceinline__ void send(uint32_t first_h_row, uint32_t chunk, uint32_t num_rows) const {
         uint8_t* const target = p.h + (static_cast<uint64_t>(chunk) * p.num_h_rows + first_h_row) * kGroupSize;
@@ -117,15 +125,40 @@ struct Activation {
         __syncwarp();
     }
 
-    // The activations of two columns of 8 channels, in place of the gates, as wgmma has them; their largest magnitudes.
-    __device__ __forceinline__ void activate(float* gate, const float* up, float& left, float& right) const {
+    // Of 16 rows, or 8, of which a lane has two channels of four, or two: activations in place of the gates, and the larger
+    // magnitude of each row.
+    template <uint32_t kRows>
+    __device__ __forceinline__ void activate(float (&largest)[4], float* gate, const float* up) const {
 #pragma unroll
-        for (uint32_t i = 0; i < 4; ++i) gate[i] = p.form.swiglu(gate[i], up[i]);
-        left = fmaxf(fabsf(gate[0]), fabsf(gate[2]));
-        right = fmaxf(fabsf(gate[1]), fabsf(gate[3]));
+        for (uint32_t row = 0; row < 4; ++row) {
+            largest[row] = 0.f;
+            if (row >= kRows / 4) continue;
+            const uint32_t i = row / 2 * 4 + row % 2;
+            gate[i] = p.form.swiglu<kPlainSwiglu>(gate[i], up[i]);
+            gate[i + 2] = p.form.swiglu<kPlainSwiglu>(gate[i + 2], up[i + 2]);
+            largest[row] = fmaxf(fabsf(gate[i]), fabsf(gate[i + 2]));
+        }
     }
 
-    // 16 rows at a time. Of those lane 4 g + c of a warp has rows 2c, 2c + 1, 8 + 2c and 9 + 2c, and channels g and g + 8 of 16.
+    // Of 16 rows, the largest magnitudes that the warp has. Lanes swap the rows that they don't go on with: each ends with one.
+    __device__ __forceinline__ static void reduce(const float (&largest)[4], float* amax) {
+        const uint32_t lane = threadIdx.x % 32;
+        const bool first_half = !(lane & 4), first_of_pair = !(lane & 8);
+        float kept[2];
+#pragma unroll
+        for (uint32_t b = 0; b < 2; ++b) {
+            const float other = __shfl_xor_sync(~0u, first_half ? largest[2 + b] : largest[b], 4);
+            kept[b] = fmaxf(first_half ? largest[b] : largest[2 + b], other);
+        }
+        const float other = __shfl_xor_sync(~0u, first_of_pair ? kept[1] : kept[0], 8);
+        float of_row = fmaxf(first_of_pair ? kept[0] : kept[1], other);
+        of_row = fmaxf(of_row, __shfl_xor_sync(~0u, of_row, 16));
+        const uint32_t row = (first_half ? 0u : 8u) + 2 * (lane % 4) + (first_of_pair ? 0u : 1u);
+        if (lane < 16) amax[row] = of_row;
+    }
+
+    // 16 rows at a time. Of those lane 4 g + c of a warp has rows 2c, 2c + 1, 8 + 2c and 9 + 2c, and channels 2g and 2g + 1 of
+    // 16 (see the launcher). Shuffles for one block go with the arithmetic of the next.
     template <uint32_t kCount>
     __device__ __forceinline__ void finish(const PieceOfTile& piece, uint32_t rows, float (&gate)[kCount],
                                            const float (&up)[kCount]) {
@@ -135,26 +168,23 @@ struct Activation {
         const uint32_t choice = thread < end ? p.sorted_choices[piece.first_row + piece.first_of_cta() + thread] : kNone;
         if (sends(warp)) bulk_store_wait_read();
         named_barrier(kMathBarrier, kNumMathThreads);
-        const bool first_half = !(lane & 4), first_of_pair = !(lane & 8);
-        const uint32_t column = (first_half ? 0u : 8u) + 2 * (lane % 4) + (first_of_pair ? 0u : 1u);
+        float largest[4] = {};
+        float* amax = shared.amax[warp];
 #pragma unroll
         for (uint32_t i = 0; i < kCount; i += 8) {
             if (2 * i >= rows) break;
-            float largest[4] = {};
-            activate(gate + i, up + i, largest[0], largest[1]);
-            if (i + 4 < kCount) activate(gate + i + 4, up + i + 4, largest[2], largest[3]);
-            // Lanes swap the columns that they don't go on with: each ends with the largest of 16 channels of one.
-            float kept[2];
+            float largest_before[4];
 #pragma unroll
-            for (uint32_t b = 0; b < 2; ++b) {
-                const float other = __shfl_xor_sync(~0u, first_half ? largest[2 + b] : largest[b], 4);
-                kept[b] = fmaxf(first_half ? largest[b] : largest[2 + b], other);
-            }
-            const float other = __shfl_xor_sync(~0u, first_of_pair ? kept[1] : kept[0], 8);
-            float amax = fmaxf(first_of_pair ? kept[0] : kept[1], other);
-            amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 16));
-            if (lane < 16) shared.amax[warp][2 * i + column] = amax;
+            for (uint32_t row = 0; row < 4; ++row) largest_before[row] = largest[row];
+            if (i + 4 < kCount)
+                activate<16>(largest, gate + i, up + i);
+            else
+                activate<8>(largest, gate + i, up + i);
+            if (i == 0) continue;
+            reduce(largest_before, amax);
+            amax += 16;
         }
+        reduce(largest, amax);
         const float weight = choice == kNone ? 0.f : p.topk_weights[choice];
         named_barrier(kMathBarrier, kNumMathThreads);
         float scale = 0.f;
@@ -163,33 +193,32 @@ struct Activation {
 #pragma unroll
             for (uint32_t w = 0; w < kNumMathWarps; ++w) amax = fmaxf(amax, shared.amax[w][thread]);
             scale = p.form.scale(amax);
-            shared.row_factor[thread] = 1.f / scale;
+            shared.row_factor[thread] = reciprocal(scale);
         }
         named_barrier(kMathBarrier, kNumMathThreads);
-        // Where a lane's channels lie in its first two rows; in those that are a multiple of 8 on they lie alike.
-        uint8_t* const even_row = shared.staged[lane % 4 * 2] + (warp ^ lane % 4 * 2) * 16 + lane / 4;
-        uint8_t* const odd_row = shared.staged[lane % 4 * 2 + 1] + (warp ^ (lane % 4 * 2 + 1)) * 16 + lane / 4;
+        // The warp's 16 channels are a piece of each row. Lane `row` has the address of that row of 16.
+        uint8_t* const row_of_lane = shared.staged[lane % 16] + (warp ^ lane % 8) * 16;
 #pragma unroll
         for (uint32_t i = 0; i < kCount; i += 8) {
             if (2 * i >= rows) break;
+            uint32_t pairs[2];
 #pragma unroll
             for (uint32_t j = 0; j < 2 && i + 4 * j < kCount; ++j) {
-                const uint32_t row = 2 * i + 8 * j + 2 * (lane % 4);
-                const float2 inverse = *reinterpret_cast<const float2*>(shared.row_factor + row);
+                const float2 inverse = *reinterpret_cast<const float2*>(shared.row_factor + 2 * i + 8 * j + 2 * (lane % 4));
                 const float* const values = gate + i + 4 * j;
-                const uint16_t first = pack_e4m3x2(values[0] * inverse.x, values[2] * inverse.x);
-                const uint16_t second = pack_e4m3x2(values[1] * inverse.y, values[3] * inverse.y);
-                const uint32_t eight_rows = (2 * i + 8 * j) * kGroupSize;
-                even_row[eight_rows] = static_cast<uint8_t>(first);
-                even_row[eight_rows + 8] = static_cast<uint8_t>(first >> 8);
-                odd_row[eight_rows] = static_cast<uint8_t>(second);
-                odd_row[eight_rows + 8] = static_cast<uint8_t>(second >> 8);
+                const uint32_t even = pack_e4m3x2(values[0] * inverse.x, values[2] * inverse.x);
+                const uint32_t odd = pack_e4m3x2(values[1] * inverse.y, values[3] * inverse.y);
+                pairs[j] = even | odd << 16;
             }
+            if (i + 4 < kCount)
+                store_transposed(row_of_lane + 2 * i * kGroupSize, pairs[0], pairs[1]);
+            else
+                store_transposed(row_of_lane + 2 * i * kGroupSize, pairs[0]);
         }
         fence_async_proxy();
         named_barrier(kMathBarrier, kNumMathThreads);
         if (sends(warp)) send(first_h_row, chunk, end);
-        if (choice != kNone) hand_over(first_h_row + thread, chunk, choice, scale, weight);
+        if (choice != kNone) hand_over(first_h_row + thread, chunk, scale, weight);
     }
 };
 
@@ -232,7 +261,11 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) sm90_prefill_up(con
     } else {
         registers::increase<kMathRegisters>();
         zero_out(p);
-        if (blockIdx.x == 0) list_jobs(shared.jobs, p.tiles, p.num_experts, p.jobs);
+        if (blockIdx.x == 0) {
+            list_jobs(shared.jobs, p.tiles, p.num_experts, p.jobs);
+            if (threadIdx.x == 0) exchange::signal(p.jobs_listed);
+            __syncwarp();
+        }
         Math<kNumK, Activation>(shared.load, shared.share, Parts{p.part_sums, p.part_written},
                                 Activation{p, shared.activation})
             .run();

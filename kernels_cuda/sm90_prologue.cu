@@ -228,12 +228,6 @@ __device__ __forceinline__ void route(const Params& p, SharedStorage& shared) {
     if constexpr (kClusterSize > 1) cluster::wait();  // until the others have read this CTA's counts
 }
 
-// value / scale, rounded; -0 stays -0.
-__device__ __forceinline__ float quotient(float value, float scale, float reciprocal) {
-    const float product = value * reciprocal;
-    return fmaf(fmaf(product, scale, -value), -reciprocal, product);
-}
-
 // A group of 128 values by kLanes lanes, each with vectors `lane` and `lane + kLanes` of 8 values.
 constexpr uint32_t kLanes = 8, kVectorsPerGroup = 16;
 

@@ -32,7 +32,7 @@ import torch
 
 from workbench import timing
 from workbench.generate import make_inputs, make_weights
-from workbench.models import shape_of_alias, usual_shapes
+from workbench.models import MODELS, shape_of_alias, shape_of_model
 from workbench.problem import MoEShape, RoutingLaw, Workload
 from workbench.roofline import floor_us
 from workbench.variant import Config
@@ -113,8 +113,9 @@ def mixed(num_calls: int = 4000) -> bool:
 
 
 def shape_named(name: str) -> MoEShape:
-    """Of the usual layers, or an alias."""
-    return next((shape for shape in usual_shapes() if shape.name == name), None) or shape_of_alias(name)
+    """A model's name with _tp and the number of ranks, or an alias."""
+    model, separator, ranks = name.rpartition("_tp")
+    return shape_of_model(model, int(ranks)) if separator and model in MODELS else shape_of_alias(name)
 
 
 def candidates(arguments: list[str], shape: MoEShape, num_tokens: int) -> list[tuple[str, object, Config]]:

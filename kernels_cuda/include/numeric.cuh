@@ -52,6 +52,19 @@ __device__ __forceinline__ float fast_reciprocal(float x) {
     return value;
 }
 
+// value / divisor, rounded, of a divisor whose rounded reciprocal is given and numbers far from subnormal: three instructions
+// (after Markstein, 1990); -0 stays -0.
+__device__ __forceinline__ float quotient(float value, float divisor, float reciprocal) {
+    const float product = value * reciprocal;
+    return fmaf(fmaf(product, divisor, -value), -reciprocal, product);
+}
+
+// 1 / x to within one unit of the last place, where neither is subnormal.
+__device__ __forceinline__ float reciprocal(float x) {
+    const float estimate = fast_reciprocal(x);
+    return fmaf(fmaf(-x, estimate, 1.f), estimate, estimate);
+}
+
 // Adds 4 adjacent bf16 to global memory (8-byte aligned); the order of several such additions is not fixed.
 __device__ __forceinline__ void add_bf16x4(uint16_t* address, uint32_t low, uint32_t high) {
     asm volatile("red.relaxed.gpu.global.add.noftz.v2.bf16x2 [%0], {%1, %2};" ::"l"(address), "r"(low), "r"(high)

@@ -1,10 +1,11 @@
 // The producers of sm90_prefill_down.cu: tickets, weights and blocks of rows; and zeros in `out`.
 #pragma once
+#include "cluster.cuh"
 #include "copy.cuh"
 #include "exchange.cuh"
 #include "prefill_down_storage.cuh"
 
-// One thread: takes tickets, loads the weights of each job and its blocks.
+// One thread, when jobs are listed: takes tickets, loads the weights of each job and its blocks.
 struct Loader {
     const Params& p;
     SharedStorage& shared;
@@ -99,15 +100,20 @@ struct Loader {
         return Giving::kAdd;
     }
 
-    __device__ __forceinline__ void load(const Job& job) {
+    __device__ __forceinline__ void load_weights(const Job& job) {
+        for (uint32_t quarter = 0; quarter < kQuarters; ++quarter) load_quarter(job, quarter);
+    }
+
+    // has_weights: they have been loaded, as the last ones so far.
+    __device__ __forceinline__ void load(const Job& job, bool has_weights) {
         const Giving giving = begin(job);
         const uint32_t blocks_in_job = ceil_div(static_cast<uint32_t>(job.rows.z), kBlockRows);
         const uint32_t num_blocks = ceil_div(blocks_in_job, kNumWarpgroups) * kNumWarpgroups;
-        const uint32_t first_slot = next_slot;
-        load_quarter(job, 0);
+        const uint32_t first_slot = next_slot - (has_weights ? kQuarters : 0);
+        if (!has_weights) load_quarter(job, 0);
         for (uint32_t index = 0; index < kNumWarpgroups; ++index)
             load_block(job, giving, index, num_blocks, first_slot);
-        for (uint32_t quarter = 1; quarter < kQuarters; ++quarter) load_quarter(job, quarter);
+        for (uint32_t quarter = 1; quarter < kQuarters && !has_weights; ++quarter) load_quarter(job, quarter);
         for (uint32_t index = kNumWarpgroups; index < num_blocks; ++index)
             load_block(job, giving, index, num_blocks, first_slot);
         first_warpgroup = (first_warpgroup + blocks_in_job) % kNumWarpgroups;
@@ -116,10 +122,15 @@ struct Loader {
     __device__ __forceinline__ void run() {
         uint32_t ticket = blockIdx.x, next_ticket = take();
         Job current = job(ticket);
+        // While the last CTAs of the kernel before end: of what is needed, only weights depend on nothing of it.
+        bool has_weights = ticket < num_tickets && current.rows.z > 0;
+        if (has_weights) load_weights(current);
+        grid_dependency::wait();
         while (ticket < num_tickets) {
             const uint32_t ticket_after = take();
             const Job next = job(next_ticket);
-            if (!kStoresLast || current.rows.z > 0) load(current);
+            if (!kStoresLast || current.rows.z > 0) load(current, has_weights);
+            has_weights = false;
             ticket = next_ticket, next_ticket = ticket_after, current = next;
         }
         exchange::raise(shared.begun_slab, kNumSlabs);
@@ -131,7 +142,7 @@ struct Loader {
     }
 };
 
-// One warp: zeros where a row is added first.
+// One warp, when jobs are listed: zeros where a row is added first.
 struct Zeroing {
     const Params& p;
     SharedStorage& shared;

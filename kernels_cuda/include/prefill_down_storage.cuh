@@ -44,6 +44,7 @@ struct Params {
     const float* w2_scale;
     const uint32_t* destination;
     const int4* jobs;  // see prefill_jobs.cuh
+    const uint32_t* jobs_listed;  // 1 when they are, which is long before the kernel before ends
     uint32_t* ticket_counter;  // 0 at the start
     uint32_t* zeroed;  // [slabs]: CTAs that have zeroed their part, 0 at the start
     // kStoresLast:
@@ -55,7 +56,7 @@ struct Params {
     uint32_t num_tokens;
     uint32_t top_k;
     uint32_t num_experts;
-    uint8_t padding[24];  // alignment
+    uint8_t padding[16];  // alignment
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "the launcher's struct differs");
 

@@ -4,6 +4,7 @@
 #pragma once
 #include "mbarrier.cuh"
 #include "prefill_schedule.cuh"
+#include "scan.cuh"
 
 constexpr uint32_t kBlockRows = 64;   // the M of a wgmma
 constexpr uint32_t kJobBlocks = 7;
@@ -63,12 +64,7 @@ __device__ __noinline__ void list_jobs(JobStorage& shared, const Tile* tiles, ui
         for (uint32_t index = 0; index < cut.num_jobs; ++index) atomicAdd(&shared.jobs_of_size[cut.blocks(index)], 1u);
     }
     if (num_blocks > 0) atomicAdd(&shared.num_blocks, num_blocks);
-    uint32_t within = sum;
-#pragma unroll
-    for (uint32_t offset = 1; offset < 32; offset *= 2) {
-        const uint32_t other = __shfl_up_sync(~0u, within, offset);
-        if (lane >= offset) within += other;
-    }
+    const uint32_t within = inclusive_sum_of_warp(sum);
     if (lane == 31) shared.warp_total[thread / 32] = within;
     named_barrier(kListBarrier, kNumListThreads);
     uint32_t first_row = within - sum, num_other_rows = 0;

@@ -7,6 +7,7 @@
 //     kNumK                                     steps of K
 //     tile(item), column(item)                  the tile of an item and which 256 weight rows it multiplies
 //     source_row(tile, row)                     where row `row` of the tile lies
+//     begin_row(tile, column, row, source_row)  called once for each row of an item
 //     pieces()                                  16-byte pieces: all rows, all steps
 //     row_piece(source_row, piece, k)           the number among them of a row's piece `piece` of step k
 //     k_stride()                                from there to that of step k + 1
@@ -196,6 +197,8 @@ struct Loader {
             for (uint32_t i = 0; i < kRowsPerLoadThread; ++i) {
                 own_row[i] = rows.own_row[i];
                 if (has(i)) shared.source_row[buffer][own(i)] = own_row[i];
+                if (first_k == 0 && own(i) < end_row)
+                    operands.begin_row(job.tile, job.column, first_row(job) + own(i), own_row[i]);
             }
 #pragma unroll
             for (uint32_t i = 0; i < kScalesPerThread; ++i) {

@@ -8,6 +8,7 @@
 // Every CTA works out its share by itself, from the list alone.
 #pragma once
 #include "mbarrier.cuh"
+#include "scan.cuh"
 #include "types.cuh"
 
 constexpr uint32_t kMaxClusters = 96;
@@ -91,7 +92,7 @@ struct Cost {
 
     static __device__ __forceinline__ uint32_t step(uint32_t num_rows) { return 40 + 3 * (rows_per_cta(num_rows) / 8); }
     static __device__ __forceinline__ uint32_t item(uint32_t num_rows) {
-        return step(num_rows) * kNumK + 180 + 20 * (rows_per_cta(num_rows) / 8);
+        return step(num_rows) * kNumK + 90 + 8 * (rows_per_cta(num_rows) / 8);
     }
 };
 
@@ -105,12 +106,7 @@ __device__ __forceinline__ uint32_t sum_before(uint32_t* value) {
         own[i] = sum;
         sum += value[lane * kPerLane + i];
     }
-    uint32_t within = sum;
-#pragma unroll
-    for (uint32_t offset = 1; offset < 32; offset *= 2) {
-        const uint32_t other = __shfl_up_sync(~0u, within, offset);
-        if (lane >= offset) within += other;
-    }
+    const uint32_t within = inclusive_sum_of_warp(sum);
     __syncwarp();
 #pragma unroll
     for (uint32_t i = 0; i < kPerLane; ++i) value[lane * kPerLane + i] = within - sum + own[i];

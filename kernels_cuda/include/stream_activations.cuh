@@ -77,7 +77,7 @@ struct Activations {
 #pragma unroll
             for (uint32_t w = 0; w < kNumMathWarps; ++w) amax = fmaxf(amax, shared.row_amax[w][thread]);
             const float scale = p.form.scale(amax);
-            shared.inverse_scale[thread] = 1.f / scale;
+            shared.inverse_scale[thread] = 1.f / scale;  // with reciprocal() registers spill at 96 rows
             target_scale[thread] = scale * (row_weight[thread] * p.routed_scaling_factor);
         }
         named_barrier(kMathBarrier, kNumMathThreads);
@@ -149,7 +149,7 @@ struct Activations {
                 if (row >= tile.num_rows) break;
                 const float amax = fmaxf(shared.amax[pass][warp], shared.amax[pass][warp ^ 1]);
                 const float scale = p.form.scale(amax);
-                const float inverse = 1.f / scale;
+                const float inverse = reciprocal(scale);
                 const uint16_t packed = pack_e4m3x2(low[pass] * inverse, high[pass] * inverse);
                 uint8_t* const piece = target + row * kGroupSize + (channel / 16 ^ row % 8) * 16 + channel % 16;
                 piece[0] = static_cast<uint8_t>(packed);

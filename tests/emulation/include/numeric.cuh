@@ -60,6 +60,11 @@ inline float largest_of_warp(float value, EMULATED_WHERE) {
 }
 inline float fast_exp2(float x) { return exp2f(x); }
 inline float fast_reciprocal(float x) { return 1.f / x; }
+inline float quotient(float value, float divisor, float reciprocal) {
+    const float product = value * reciprocal;
+    return fmaf(fmaf(product, divisor, -value), -reciprocal, product);
+}
+inline float reciprocal(float x) { return 1.f / x; }
 
 inline void add_bf16x4(uint16_t* address, uint32_t low, uint32_t high, EMULATED_WHERE) {
     emulation::add_bf16(address, {low, high}, where);
