@@ -21,7 +21,7 @@ from kernels_cuda.activation_form import ActivationForm
 from kernels_cuda.calls import Call, ReadyCalls
 from kernels_cuda.compile import Cubin, compile_kernel
 from kernels_cuda.launch import Kernel, Launch, load
-from kernels_cuda.sm90 import NUM_SMS, SMEM_BYTES
+from kernels_cuda.sm90 import SMEM_BYTES
 from reference.quant import GROUP_SIZE
 from reference.routing import AlignedRouting
 from workbench.problem import MoEInputs, MoEShape, MoEWeights
@@ -32,7 +32,8 @@ NUM_THREADS = 384
 WEIGHT_TILE_BYTES = 2 * 128 * 128
 MAX_STAGES = 6
 BLOCKS = (8, 16, 24, 32, 48, 64, 96, 128)
-CLUSTERS = (1, 2, 4, 8)
+CLUSTERS = {1: 132, 2: 66, 4: 30, 8: 15}
+"""Sizes, and how many of each an H100 or H200 has room for: CTAs of one lie in one part of the device."""
 Given = Literal["tokens", "quantised", "aligned"]
 """What of a batch is there: bf16 tokens and routing, quantised tokens and routing, or quantised tokens and blocks."""
 
@@ -359,4 +360,4 @@ def default_cluster_size(shape: MoEShape, num_tokens: int, block_m: int) -> int:
     blocks = hit * max(1.0, rows / block_m) + shape.num_shared_experts * math.ceil(num_tokens / block_m)
     items = blocks * (shape.intermediate_size // GROUP_SIZE)
     fitting = cluster_sizes_that_fit(shape, block_m)
-    return max((size for size in fitting if items * size <= NUM_SMS + 1), default=1)
+    return max((size for size in fitting if items <= CLUSTERS[size]), default=1)

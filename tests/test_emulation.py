@@ -15,7 +15,7 @@ from emulation.emulator import Device, EmulationError, Grid, Kernel, Source, emu
 from kernels_cuda import compile as cuda_compile
 from kernels_cuda import sm90_order, sm90_prologue, weight_tiles
 from kernels_cuda.sm90_fused import SM90Fused, most_stages
-from kernels_cuda.sm90_stream import SM90Stream, SM90StreamDeterministic, taken
+from kernels_cuda.sm90_stream import SM90Stream, SM90StreamDeterministic, SM90StreamInPlace, taken
 from reference.layout import interleave
 from reference.quant import quantise_activations
 from reference.routing import align_block_size, tile_rows
@@ -176,6 +176,51 @@ def test_deterministic_stream_gives_the_same_bits_under_any_interleaving_and_in_
         assert torch.equal(out, outs[0])
     few = MoEInputs(inputs.topk_ids[:3], inputs.topk_weights[:3], x=inputs.tokens[:3])
     assert torch.equal(output(variant, weights, few, config, num_sms, seed=0, aligned=False), outs[0][:3])
+
+
+OF_192_CHANNELS = MoEShape(8, 640, 192, 2)
+OF_176_CHANNELS = MoEShape(6, 384, 176, 3)
+"""Chunks that end past I, and half a group of columns at the end."""
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_tokens", "max_rows", "max_parts", "num_sms", "takes"),
+    [
+        (OF_192_CHANNELS, 2, 8, 16, 16, "ids"),
+        (OF_192_CHANNELS, 90, 80, 4, 3, "ids"),
+        (OF_176_CHANNELS, 40, 32, 8, 5, "choices"),
+        (OF_176_CHANNELS, 30, 16, 4, 3, "tiles"),
+    ],
+)
+def test_in_place_the_stream_reads_weights_as_they_are_served(shape, num_tokens, max_rows, max_parts, num_sms, takes):
+    weights, inputs = batch(shape, num_tokens, "zipf:1.2", dropped=0.3)
+    inputs.topk_ids[:, -1] = inputs.topk_ids[:, 0]  # an expert twice
+    variant = SM90StreamInPlace()
+    config = Config(**{**stream_config(variant, weights, num_tokens, max_rows), "max_parts": max_parts})
+    if takes == "choices":
+        config = Config(**{**config, "num_in_flight": config["num_stages"]})
+    assert takes in ("tiles", taken(shape, num_tokens, config))
+    for seed in SEEDS[:2]:
+        out = output(variant, weights, inputs, config, num_sms, seed, aligned=takes == "tiles")
+        assert error(out, weights, inputs) < TOLERANCE
+
+
+def test_in_place_the_stream_keeps_no_copy_and_sees_what_is_written():
+    variant = SM90StreamInPlace()
+    weights, inputs = batch(OF_192_CHANNELS, 2)
+    others = make_weights(OF_192_CHANNELS, seed=1, device=CPU)
+    config = stream_config(variant, weights, 2, max_rows=8)
+    out = torch.full((2, OF_192_CHANNELS.hidden_size), torch.nan, dtype=torch.bfloat16)
+    with emulated(num_sms=16) as gpu:
+        prepared = variant.prepare(weights)
+        assert prepared.tiles is None
+        variant.run(prepared, inputs, out, config)
+        gpu.synchronize()
+        assert error(out, weights, inputs) < TOLERANCE < error(out, others, inputs)
+        for served, written in zip(weights.tensors, others.tensors, strict=True):
+            served.copy_(written)
+        variant.run(prepared, inputs, out, config)
+    assert error(out, others, inputs) < TOLERANCE
 
 
 # ---- sm90_prologue

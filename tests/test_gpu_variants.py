@@ -41,6 +41,7 @@ LARGEST_ERROR_ON_REAL_SHAPES = {
     "cuda.sm90_fused": 0.010,
     "cuda.sm90_prefill": 0.008,
     "cuda.sm90_stream": 0.008,
+    "cuda.sm90_stream_in_place": 0.008,
     "triton.grouped": 0.016,
 }
 TOO_FAR_OFF = {

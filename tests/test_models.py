@@ -101,7 +101,8 @@ def test_usual_shapes_are_served_by_kernels_of_this_project() -> None:
     """All models but those published in MXFP4, each at one or two degrees of tensor parallelism."""
     assert {name for name, model in MODELS.items() if not model.usual_tp} == {"gpt-oss-20b", "gpt-oss-120b"}
     assert all(len(model.usual_tp) <= 2 for model in MODELS.values())
-    fast = [registry.find(name) for name in ("cuda.sm90_fused", "cuda.sm90_stream", "cuda.sm90_prefill")]
+    names = ("cuda.sm90_fused", "cuda.sm90_stream", "cuda.sm90_stream_in_place", "cuda.sm90_prefill")
+    fast = [registry.find(name) for name in names]
     for shared_as_experts in (True, False):
         shapes = usual_shapes(shared_as_experts=shared_as_experts)
         assert len(set(shapes)) == len(shapes)

@@ -1,7 +1,9 @@
-"""cuda.sm90_stream without a GPU: what the compiler makes of it, and what the launcher offers and refuses."""
+"""cuda.sm90_stream and its forms without a GPU: what the compiler makes of them, and what the launcher offers and
+refuses."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -19,6 +21,8 @@ from kernels_cuda.sm90_stream import (
     MAX_ROWS,
     MAX_STAGES,
     SM90Stream,
+    SM90StreamInPlace,
+    _InPlaceParams,
     _Params,
     default_max_parts,
     default_max_rows,
@@ -30,7 +34,8 @@ from kernels_cuda.sm90_stream import (
     taken,
 )
 from kernels_triton.compile import disassemble
-from workbench.errors import CompileError
+from workbench.errors import CompileError, InputError
+from workbench.generate import make_weights
 from workbench.models import shape_of_alias
 from workbench.problem import MoEShape
 from workbench.variant import Config
@@ -60,6 +65,14 @@ def test_every_offered_config_compiles_without_spills_or_warnings(shape, config)
         assert report.kernel == "sm90_stream"
         assert report.clean, report
         assert report.static_smem_bytes + report.dynamic_smem_bytes <= SMEM_BYTES
+
+
+@pytest.mark.parametrize("num_tokens", [1, 256, 2048])
+def test_in_place_it_compiles_without_spills_or_warnings_either(num_tokens):
+    config = next(iter(SM90StreamInPlace().configs(DSV3_TP16, num_tokens)))
+    for report in SM90StreamInPlace().compile(DSV3_TP16, [config])[-len(FORMS) :]:
+        assert report.kernel == "sm90_stream"
+        assert report.clean, report
 
 
 @pytest.mark.parametrize("first", [sm90_fill.compiled, lambda: sm90_prologue.compiled(groups=False)])
@@ -191,6 +204,24 @@ def test_every_intermediate_size_and_the_forms_of_the_activation_are_served():
     )
 
 
+def test_in_place_the_rows_of_w2_are_such_as_the_copy_engine_reads():
+    support = SM90StreamInPlace().supports_shape(MoEShape(8, 256, 200, 2))
+    assert not support
+    assert support.reason == "intermediate_size must be a multiple of 16, got 200"
+    assert SM90StreamInPlace().supports_shape(MoEShape(8, 256, 176, 2))
+    assert SM90Stream().supports_shape(MoEShape(8, 256, 200, 2))
+
+
+@pytest.mark.parametrize("name", ["w13", "w2"])
+def test_in_place_weights_must_lie_where_the_copy_engine_reads(name):
+    weights = make_weights(MoEShape(2, 128, 16, 1), seed=0, device=torch.device("cpu"))
+    served = getattr(weights, name)
+    memory = torch.empty(served.numel() + 8, dtype=served.dtype)
+    moved = dataclasses.replace(weights, **{name: memory[8:].view(served.shape)})
+    with pytest.raises(InputError, match=rf"^{name}: expected an address that is a multiple of 16, got 0x[0-9a-f]+8$"):
+        SM90StreamInPlace().prepare(moved)
+
+
 def test_a_machine_without_a_gpu_compiles_only():
     support = SM90Stream().supports(DSV3_TP16, torch.device("cpu"))
     assert not support
@@ -208,7 +239,8 @@ def test_the_exchange_has_room_for_every_part_and_is_whole_vectors(max_parts):
     flagged = max_parts == FLAGGED_PARTS
     assert sizes["sums_written"] == (9 * 2 * FLAG_BYTES if flagged else 0)  # 9 tiles at most: 8 experts and a full one
     assert list(others) == (["sums"] if flagged else [])
-    assert set(sizes) <= {name for name, _ in _Params._fields_}
+    for params in (_Params, _InPlaceParams):
+        assert set(sizes) <= {name for name, *_ in params._fields_}
 
 
 def test_parts_of_a_workspace_lie_behind_each_other_the_filled_ones_first_and_the_others_on_lines_of_their_own():
@@ -250,3 +282,9 @@ def test_sources_are_all_files_that_decide_what_runs():
         "launch.py",
     } <= names
     assert all(path.is_file() for path in paths)
+
+
+def test_the_form_in_place_depends_on_tensor_maps_and_not_on_tiles():
+    names, in_place = ({path.name for path in variant.sources()} for variant in (SM90Stream(), SM90StreamInPlace()))
+    assert names - in_place == {"weight_tiles.py"}
+    assert in_place - names == {"tma.py"}

@@ -15,7 +15,7 @@ import pytest
 from kernels_cuda import sm90_fused, sm90_prefill, sm90_stream
 from kernels_cuda.compile import Cubin
 from kernels_cuda.sm90 import NUM_SMS
-from kernels_cuda.sm90_stream import SM90Stream
+from kernels_cuda.sm90_stream import SM90Stream, SM90StreamInPlace
 from kernels_cuda.tiled_inputs import Takes
 from kernels_triton.compile import disassemble
 from workbench.models import shape_of_alias
@@ -65,8 +65,17 @@ def test_the_phases_of_prefill(shape: MoEShape) -> None:
     [(1, "tiles"), (1, "ids"), (64, "tiles"), (64, "ids"), (256, "choices"), (512, "tiles"), (2048, "tiles")],
 )
 def test_stream(num_tokens: int, takes: Takes) -> None:
-    config = next(iter(SM90Stream().configs(SHAPES[0], num_tokens)))
-    cubin = sm90_stream._compile(config, SHAPES[0], NUM_SMS, False, takes)[0]
+    assert_stream_is_uniform(SM90Stream(), num_tokens, takes)
+
+
+@pytest.mark.parametrize(("num_tokens", "takes"), [(1, "tiles"), (1, "ids"), (256, "choices"), (2048, "tiles")])
+def test_stream_in_place(num_tokens: int, takes: Takes) -> None:
+    assert_stream_is_uniform(SM90StreamInPlace(), num_tokens, takes)
+
+
+def assert_stream_is_uniform(variant: SM90Stream, num_tokens: int, takes: Takes) -> None:
+    config = next(iter(variant.configs(SHAPES[0], num_tokens)))
+    cubin = sm90_stream._compile(config, SHAPES[0], NUM_SMS, False, takes, in_place=variant.in_place)[0]
     if config.integer("max_rows") > 16:  # up to which products of the up phase are not those of wgmma
         assert_few_moves(cubin)
     assert_no_loop_over_lanes(cubin)

@@ -12,6 +12,7 @@ constexpr uint32_t kNumCtas = NUM_CTAS;
 constexpr bool kDeterministic = DETERMINISTIC;
 constexpr bool kListsTiles = LISTS_TILES;
 constexpr bool kOrdersChoices = ORDERS_CHOICES;
+constexpr bool kInPlace = IN_PLACE;
 
 constexpr uint32_t kTileK = 128;                                       // bytes of K in a stage: one swizzle row
 constexpr uint32_t kTileRows = 128;                                    // weight rows in each half of a stage

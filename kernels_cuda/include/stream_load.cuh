@@ -47,7 +47,7 @@ struct WeightLoader {
     __device__ __forceinline__ void start_with_given_tiles() {
         const TilesAtStart tiles(p);
         if (elect_one()) {
-            init_barriers();
+            init();
             shared.num_tiles = tiles.number;
         }
         __syncwarp();
@@ -64,7 +64,7 @@ struct WeightLoader {
         const uint32_t expert = expert_of(piece.item / kNumChunks);
 #pragma unroll 1
         for (uint32_t k = piece.first_unit; k < early_end(piece); ++k, ++num_loads)
-            issue(up_stage(expert, piece.item % kNumChunks, k), kStageBytes);
+            issue(p.weights.up(expert, piece.item % kNumChunks, k), kStageBytes);
         begin(piece);  // its tokens, found by one read of the batch after another, take as long as the weights
     }
 
@@ -72,7 +72,9 @@ struct WeightLoader {
         return min(piece.last_unit, piece.first_unit + kNumInFlight);
     }
 
-    __device__ __forceinline__ void init_barriers() {
+    // Barriers, and descriptions of the weights on their way: by one thread.
+    __device__ __forceinline__ void init() {
+        p.weights.prefetch_maps();
         for (uint32_t stage = 0; stage < kNumStages; ++stage) {
             mbarrier::init(shared.full[stage], 1);
             mbarrier::init(shared.empty[stage], kNumMathWarps * mbarrier::kArrivalsPerWarp);
@@ -94,7 +96,7 @@ struct WeightLoader {
     }
 
     // At most kNumInFlight loads are under way at a time.
-    __device__ __forceinline__ void load(const uint8_t* source, uint32_t num_bytes) {
+    __device__ __forceinline__ void load(const Weights::Source& source, uint32_t num_bytes) {
         if (kNumInFlight < kNumStages && num_loads++ >= kNumInFlight) {
             mbarrier::wait(shared.full[arriving.stage], arriving.parity);
             arriving.advance();
@@ -103,11 +105,11 @@ struct WeightLoader {
         issue(source, num_bytes);
     }
 
-    __device__ __forceinline__ void issue(const uint8_t* source, uint32_t num_bytes) {
+    __device__ __forceinline__ void issue(const Weights::Source& source, uint32_t num_bytes) {
         if (elect_one()) {
             uint64_t& full = shared.full[ring.stage];
             mbarrier::arrive_expect_bytes(full, num_bytes);
-            bulk_load(shared.weights[ring.stage], source, num_bytes, full, policy);
+            source.load(shared.weights[ring.stage], num_bytes, full, policy);
         }
         __syncwarp();
         ring.advance();
@@ -168,21 +170,14 @@ struct WeightLoader {
 #pragma unroll 1
         for (uint32_t unit = piece.first_unit; unit < piece.last_unit; ++unit) {
             const bool whole = up || (unit + 1) * kGroupColumns <= kHiddenSize;  // the last group may be half
-            const uint8_t* source = up ? up_stage(expert, piece.item % kNumChunks, unit) : down_stages(expert, unit);
+            Weights::Source source =
+                up ? p.weights.up(expert, piece.item % kNumChunks, unit) : p.weights.down(expert, unit);
 #pragma unroll 1
             for (uint32_t stage = 0; stage < (up ? 1 : kNumChunks); ++stage) {
                 load(source, whole ? kStageBytes : kHalfBytes);
-                source += whole ? kStageBytes : kHalfBytes;
+                source.advance(whole ? kStageBytes : kHalfBytes);
             }
         }
-    }
-
-    __device__ __forceinline__ const uint8_t* up_stage(uint64_t expert, uint32_t chunk, uint32_t k) const {
-        return p.w13 + ((expert * kNumChunks + chunk) * kNumK + k) * kStageBytes;
-    }
-
-    __device__ __forceinline__ const uint8_t* down_stages(uint64_t expert, uint32_t group) const {
-        return p.w2 + (expert * kNumK * kHalfBytes + group * kStageBytes) * kNumChunks;
     }
 };
 

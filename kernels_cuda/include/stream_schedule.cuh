@@ -62,6 +62,8 @@ struct Cut {
 struct Schedule {
     static constexpr uint32_t kFinePartsUp = Cut<kNumK, kMaxParts, true>::kFineParts;
     static constexpr uint32_t kEnoughCut = 3 * kNumCtas;
+    // With few jobs each CTA makes all activations of its tile, chunk after chunk.
+    static constexpr bool kMayBeFew = !kDeterministic && kNumChunks <= 4;
     // A job for each CTA, or some.
     static constexpr uint32_t kTilesInRound = kNumCtas % kNumChunks == 0 ? kNumCtas / kNumChunks : kNumCtas;
     bool few;
@@ -71,7 +73,7 @@ struct Schedule {
     uint32_t num_up, first_down, num_tickets;
 
     __device__ __forceinline__ explicit Schedule(uint32_t num_tiles)
-        : few(!kDeterministic && num_tiles * kNumChunks * 4 <= kNumCtas), num_cut(tiles_to_cut(num_tiles)),
+        : few(kMayBeFew && num_tiles * kNumChunks * 4 <= kNumCtas), num_cut(tiles_to_cut(num_tiles)),
           num_fused(num_tiles - num_cut), up(num_cut * kNumChunks, few, num_fused == 0), down(num_cut, few, true),
           num_up(up.num_pieces()), first_down(num_up + num_fused), num_tickets(first_down + down.num_pieces()) {}
 

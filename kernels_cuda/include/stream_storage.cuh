@@ -5,6 +5,7 @@
 #include "numeric.cuh"
 #include "stream_constants.cuh"
 #include "stream_schedule.cuh"
+#include "stream_weights.cuh"
 
 // At most kMaxRows rows of one expert: entries first_row.. of sorted_choices.
 struct alignas(16) Tile {
@@ -15,8 +16,7 @@ struct alignas(16) Tile {
 };
 
 struct Params {
-    const uint8_t* w13;  // tiled: see weight_tiles.py
-    const uint8_t* w2;
+    Weights weights;
     const uint8_t* x_q;
     const float* x_scale;
     const float* w13_scale;

@@ -168,6 +168,7 @@ def _compiler_version() -> str:
 
 def tensor_map(tensor: torch.Tensor, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> bytes:
     """As kernels_cuda.tma.encode, in the form that the emulated copy engine reads."""
+    assert tensor.data_ptr() % 16 == 0
     assert sizes[0] % 16 == 0
     assert all(stride % 16 == 0 for stride in strides)
     assert box[0] == 128
