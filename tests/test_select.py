@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from recorded import CPU, HERE, SHAPE, key, named, timed, variant, verified
 
 from workbench.errors import UnsupportedError
+from workbench.problem import MoEShape
 from workbench.select import Choice, Verdict, choose, judge
 from workbench.table import Cell, build
 from workbench.trace import Status, Timing, Trace
@@ -127,18 +128,34 @@ def test_a_miss_takes_the_first_supported_variant_and_logs_the_command_once(capl
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "expected"), [(127, "sm90_fused"), (128, "sm90_prefill"), (4096, "sm90_prefill")]
+    ("shape", "num_tokens", "expected"),
+    [
+        (MoEShape(257, 7168, 128, 9, num_shared_experts=1), 1, "sm90_stream_in_place"),
+        (MoEShape(257, 7168, 128, 9, num_shared_experts=1), 1023, "sm90_stream_in_place"),
+        (MoEShape(257, 7168, 128, 9, num_shared_experts=1), 1024, "sm90_prefill"),
+        (MoEShape(8, 4096, 1792, 2), 24, "sm90_fused"),  # few experts
+        (MoEShape(128, 2048, 768, 8), 24, "sm90_stream_in_place"),
+        (MoEShape(128, 2048, 768, 8), 96, "sm90_fused"),  # more rows than wide layers have tiles for
+        (MoEShape(129, 5120, 512, 2, num_shared_experts=1), 3, "sm90_fused"),  # 16 chunks of channels in all
+        (MoEShape(129, 5120, 512, 2, num_shared_experts=1), 24, "sm90_stream_in_place"),
+        (MoEShape(128, 4096, 192, 8), 4096, "sm90_stream_in_place"),  # no other kernel serves it in place
+    ],
+    ids=str,
 )
-def test_a_miss_takes_the_kernels_for_many_rows_of_an_expert_and_never_one_that_copies_weights(
-    num_tokens: int, expected: str
+def test_a_miss_takes_what_suits_the_rows_of_an_expert_and_never_one_that_copies_weights(
+    shape: MoEShape, num_tokens: int, expected: str
 ) -> None:
-    everything = named(*map(variant, ("cuda.sm90_stream", "cuda.sm90_prefill")), FUSED, GROUPED, LOOP)
-    choice = chosen([], num_tokens, everything)
+    names = ("cuda.sm90_stream", "cuda.sm90_stream_in_place", "cuda.sm90_prefill", "cuda.sm90_fused")
+    reason = "I must be a multiple of 128" if shape.intermediate_size % 128 else ""
+    everything = named(*(variant(name, reason="" if "stream" in name else reason) for name in names), GROUPED, LOOP)
+    cell = dataclasses.replace(KERNEL, shape=shape)
+    choice = choose(build([], HERE, everything), cell, num_tokens, everything, CPU)
     assert (choice.variant, choice.measured) == (f"cuda.{expected}", False)
 
 
 def test_a_miss_takes_one_that_copies_weights_where_all_that_can_run_do() -> None:
-    refusing = [variant(name, reason="I must be a multiple of 128") for name in (FUSED.name, GROUPED.name)]
+    names = (FUSED.name, GROUPED.name, "cuda.sm90_stream_in_place")
+    refusing = [variant(name, reason="I must be a multiple of 16") for name in names]
     everything = named(variant("cuda.sm90_stream"), *refusing, NEVER_MEASURED, LOOP)
     assert {chosen([], num_tokens, everything).variant for num_tokens in (1, 4096)} == {"cuda.sm90_stream"}
 

@@ -19,21 +19,32 @@ from enum import StrEnum
 import torch
 
 from workbench.errors import UnsupportedError
+from workbench.problem import MoEShape, scale_blocks
 from workbench.table import UNTIMED, UNVERIFIED, Candidate, Cell, Table
 from workbench.trace import Status, Timing
 from workbench.variant import Config, Variant
 
 logger = logging.getLogger(__name__)
 
-FALLBACK_ORDER = ("cuda.sm90_fused", "triton.grouped", "cuda.sm90_stream", "torch.grouped", "torch.loop")
-"""What runs unmeasured, the first that can, and what measured candidates are held against. `cuda.sm90_stream` is often
-the fastest, but keeps a copy of the weights, for which a caller who has measured nothing may not have the memory, and
-weights written in place would not reach it. So it comes behind what reads them where they lie, and before
-`torch.grouped`, whose copy is in bf16 and twice as large: it runs where I is no multiple of 128."""
-FALLBACK_FOR_MANY_ROWS, MANY_ROWS = "cuda.sm90_prefill", 32
-"""Ahead of them, unmeasured, from so many tokens of an expert on. On 39 layers and M from 1 to 16384 it was in the mean
-1.06 times as fast as `cuda.sm90_fused` with 16 to 24 of them (24 of 31 times it was faster), 1.11 times with 32 to 40
-(22 of 27 times), and 1.6 times with more than 128 (experiments/2026-11-28_shipped)."""
+IN_PLACE, PREFILL = "cuda.sm90_stream_in_place", "cuda.sm90_prefill"
+FALLBACK_ORDER = (
+    "cuda.sm90_fused",
+    IN_PLACE,
+    "triton.grouped",
+    "cuda.sm90_stream",
+    "torch.grouped",
+    "torch.loop",
+)
+"""What runs unmeasured, the first that can, unless another is ahead of it; and what measured candidates are held
+against. `cuda.sm90_stream` is often the fastest, but keeps a copy of the weights, for which a caller who has measured
+nothing may not have the memory, and weights written in place would not reach it. So it comes behind what reads them
+where they lie, and before `torch.grouped`, whose copy is in bf16 and twice as large."""
+MANY_ROWS = 32
+"""Rows of an expert from which `cuda.sm90_prefill` is ahead. On 39 layers and M from 1 to 16384 it was in the mean 1.06
+times as fast as `cuda.sm90_fused` with 16 to 24 of them (24 of 31 times it was faster), 1.11 times with 32 to 40 (22 of
+27 times), and 1.6 times with more than 128 (experiments/2026-11-28_shipped)."""
+FEW_EXPERTS, WIDE, ROWS_OF_WIDE, CHUNKS_OF_ITEMS, ITEMS_AT_ONCE = 32, 512, 4, 4, 66
+"""Where `cuda.sm90_stream_in_place` is not ahead of `cuda.sm90_fused`, see ahead()."""
 
 
 class Verdict(StrEnum):
@@ -220,11 +231,30 @@ def _untuned(variants: Mapping[str, Variant], cell: Cell, num_tokens: int, varia
     return next(iter(variants[variant].configs(cell.shape, num_tokens)))
 
 
+def ahead(shape: MoEShape, num_tokens: int) -> str:
+    """The variant that is tried before those of FALLBACK_ORDER; "" if none is.
+
+    Of the two for few rows that read weights in place, the streaming kernel is the faster one but for layers with few
+    experts, wide layers with more rows than its tiles hold, and so few tokens that `cuda.sm90_fused` has all of a wide
+    layer's chunks of channels under way at a time (experiments/2026-11-28_shipped, experiments/2026-11-28_untuned).
+    """
+    rows = shape.expected_rows(num_tokens)
+    if rows >= MANY_ROWS:
+        return PREFILL
+    num_chunks = scale_blocks(shape.intermediate_size)
+    is_wide = shape.intermediate_size > WIDE
+    num_items = (shape.expected_experts_hit(num_tokens) + shape.num_shared_experts) * num_chunks
+    fits_at_once = num_chunks >= CHUNKS_OF_ITEMS and num_items <= ITEMS_AT_ONCE
+    if shape.num_experts < FEW_EXPERTS or (is_wide and rows >= ROWS_OF_WIDE) or fits_at_once:
+        return ""
+    return IN_PLACE
+
+
 def _default(
     table: Table, cell: Cell, num_tokens: int, variants: Mapping[str, Variant], device: torch.device, reason: str
 ) -> Choice:
-    """The first variant of the fallback order, or for many rows of an expert the one before it, that supports the shape
-    and is not recorded red on it."""
+    """The first variant of the fallback order, or the one ahead of it, that supports the shape and is not recorded red
+    on it."""
     red = {
         found.variant: found.status
         for known, by_tokens in table.cells.items()
@@ -233,9 +263,9 @@ def _default(
         for found in candidates
         if found.status not in (Status.PASSED, UNVERIFIED, UNTIMED)
     }
-    ahead = FALLBACK_FOR_MANY_ROWS if cell.shape.expected_rows(num_tokens) >= MANY_ROWS else ""
+    first = ahead(cell.shape, num_tokens)
     refused = []
-    for name in sorted(variants, key=lambda name: (name != ahead, fallback_rank(name))):
+    for name in sorted(variants, key=lambda name: (name != first, fallback_rank(name))):
         support = variants[name].supports(cell.shape, device)
         if support and name not in red:
             config = next(iter(variants[name].configs(cell.shape, num_tokens)))

@@ -32,10 +32,10 @@ POWERS_OF_FOUR = tuple(4**power for power in range(8))  # 1 .. 16384
 BETWEEN = tuple(2 * tokens for tokens in POWERS_OF_FOUR[:-1])
 LAWS = (RoutingLaw("uniform"), RoutingLaw("zipf", exponent=1.2))
 
-STREAM, FUSED, PREFILL = "cuda.sm90_stream", "cuda.sm90_fused", "cuda.sm90_prefill"
-MOST_ROWS_OF_STREAM = 96
-"""Of an expert, on average, up to which the streaming kernel may win: the height of its tallest tiles."""
-LEAST_ROWS_OF_PREFILL = 4
+FOR_FEW_ROWS, FOR_MANY_ROWS = ("cuda.sm90_stream", "cuda.sm90_stream_in_place", "cuda.sm90_fused"), "cuda.sm90_prefill"
+MOST_OF_FEW_ROWS = 96
+"""Of an expert, on average, up to which the kernels for few may win: the height of the tallest tiles of sm90_stream."""
+LEAST_OF_MANY_ROWS = 4
 """From which the prefill kernel may win: at 8 it is far behind on the layers it was measured on."""
 
 
@@ -59,12 +59,13 @@ def entrants(workload: Workload, variants: Mapping[str, Variant], device: torch.
     that they are for."""
     shape, num_tokens = workload.shape, workload.num_tokens
     serving = [name for name, variant in variants.items() if _serves(variant, shape, device)]
-    ours = [name for name in (STREAM, FUSED, PREFILL) if name in serving]
+    ours = [name for name in (*FOR_FEW_ROWS, FOR_MANY_ROWS) if name in serving]
     rows = shape.expected_rows(num_tokens)
-    may_win = {STREAM: rows <= MOST_ROWS_OF_STREAM, FUSED: True, PREFILL: rows >= LEAST_ROWS_OF_PREFILL}
+    few, many = rows <= MOST_OF_FEW_ROWS, rows >= LEAST_OF_MANY_ROWS
+    may_win = [name for name in ours if (many if name == FOR_MANY_ROWS else few)]
     # Where the kernels written for this device do not serve the shape, the first of the others that does.
     others = [name for name in FALLBACK_ORDER if name in serving][:1]
-    return defaults([name for name in ours if may_win[name]] or ours or others, workload)
+    return defaults(may_win or ours or others, workload)
 
 
 def compile_ahead(workloads: Iterable[Workload], variants: Mapping[str, Variant], device: torch.device | None) -> None:

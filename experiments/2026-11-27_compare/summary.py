@@ -33,7 +33,13 @@ PEER_NAMES = {
     "deepgemm_masked": "DeepGEMM",
     "hpc_ops": "HPC-Ops",
 }
-SHOWN = ("cuda.sm90_stream", "cuda.sm90_fused", "cuda.sm90_prefill", "triton.grouped")
+SHOWN = (
+    "cuda.sm90_stream",
+    "cuda.sm90_stream_in_place",
+    "cuda.sm90_fused",
+    "cuda.sm90_prefill",
+    "triton.grouped",
+)
 UNIFORM = "uniform"
 NUM_CELLS = 39
 

@@ -15,9 +15,10 @@ from pathlib import Path
 HERE = Path(__file__).parent
 PEERS = json.loads((HERE.parent / "2026-11-23_first_comparison" / "peers.json").read_text())["rows"]
 SHAPES = {(257, 128, 7168): "dsv3_tp16", (257, 256, 7168): "dsv3_tp8", (512, 128, 2048): "qwen3next_tp4"}
-OURS = ("cuda.sm90_stream", "cuda.sm90_fused", "cuda.sm90_prefill")
+OURS = ("cuda.sm90_stream", "cuda.sm90_stream_in_place", "cuda.sm90_fused", "cuda.sm90_prefill")
 COLUMNS = {
     "cuda.sm90_stream": "stream",
+    "cuda.sm90_stream_in_place": "in place",
     "cuda.sm90_fused": "fused",
     "cuda.sm90_prefill": "prefill",
     "cuda.sm90_stream_deterministic": "stream, det.",
