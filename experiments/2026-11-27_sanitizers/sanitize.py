@@ -22,7 +22,7 @@ import torch
 from kernels_cuda import sm90_prologue
 from kernels_cuda.sm90_fused import SM90Fused, most_stages
 from kernels_cuda.sm90_prefill import SM90Prefill, SM90PrefillDeterministic
-from kernels_cuda.sm90_stream import FLAGGED_PARTS, SM90Stream, SM90StreamDeterministic
+from kernels_cuda.sm90_stream import FLAGGED_PARTS, SM90Stream, SM90StreamDeterministic, SM90StreamInPlace
 from reference.routing import align_block_size, tile_rows
 from workbench.generate import make_inputs, make_weights
 from workbench.numerics import measure, passed
@@ -91,7 +91,9 @@ class Case:
 
 FUSED = (SM90Fused(),)
 STREAM = (SM90Stream(), SM90StreamDeterministic())
+IN_PLACE = (SM90StreamInPlace(),)
 PREFILL = (SM90Prefill(), SM90PrefillDeterministic())
+MANY_CHUNKS = MoEShape(4, 512, 640, 2)
 CASES = (
     Case(SMALL, 1, FUSED, fused_blocks((8, 1), (8, 4))),
     Case(TWO_CHUNKS, 70, FUSED, fused_blocks((16, 2), (64, 2), (128, 1))),
@@ -106,6 +108,10 @@ CASES = (
     Case(SMALL, 8500, STREAM[:1], stream_heights(64, max_parts=FLAGGED_PARTS)),  # choices in order by a large cluster
     Case(SMALL, 400, STREAM, stream_heights(80, 96, max_parts=FLAGGED_PARTS)),
     Case(MoEShape(3, 384, 192, 2), 40, STREAM, stream_heights(24)),  # half a chunk, half a group of columns
+    Case(MANY_CHUNKS, 1, STREAM[:1], stream_heights(8)),  # few jobs, but their CTAs share activations
+    Case(SMALL, 1, IN_PLACE, stream_heights(8)),
+    Case(SMALL, 1150, IN_PLACE, stream_heights(8, max_parts=FLAGGED_PARTS)),
+    Case(MoEShape(3, 384, 176, 2), 40, IN_PLACE, stream_heights(24)),  # boxes beyond the weights, as above
     # All heights of tiles, all slabs; the last items are shared to the step of K.
     Case(LONG_K, 600, PREFILL, everything),
     Case(TWO_CHUNKS, 300, PREFILL, everything, "one-expert"),  # slabs of two chunks
