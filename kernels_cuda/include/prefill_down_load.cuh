@@ -101,6 +101,7 @@ struct Loader {
     }
 
     __device__ __forceinline__ void load_weights(const Job& job) {
+#pragma unroll 1
         for (uint32_t quarter = 0; quarter < kQuarters; ++quarter) load_quarter(job, quarter);
     }
 
