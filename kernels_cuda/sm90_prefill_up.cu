@@ -10,7 +10,8 @@
 // the first columns of `out`, and folds each row's weight into its scales. Its first CTA lists the jobs of the down phase.
 //
 // On an H200, with the launch before it, dsv3_tp8: 366 us at M=4096 (739 TFLOP/s), 594 at M=8192 (911 TFLOP/s):
-// experiments/2026-11-28_prefill_producers, with what holds it: at once tensor cores, shared memory, and L2.
+// experiments/2026-11-28_prefill_producers, with what holds it: at once tensor cores, shared memory, and L2. Some 1 to 2 % less
+// since epilogues are shorter: experiments/2026-11-28_short_epilogues.
 //
 // Set by the compiler's command line: HIDDEN_SIZE, NUM_CHUNKS (intermediate size / 128), BLOCK_M (64, 80, 96, 136), NUM_STAGES,
 // DETERMINISTIC (items are never split), PLAIN_SWIGLU (no limit, alpha 1, beta 0), and what the launcher passes: SMEM_BYTES of

@@ -30,7 +30,7 @@
 // sm90_combine.cu adds those up in a fixed order.
 //
 // IN_PLACE reads the weights as they are served, as boxes of tensor maps, where otherwise it reads a copy re-laid as tiles
-// (stream_weights.cuh): that takes no memory, and the weights come up to 9 % more slowly (weight_tiles.py).
+// (stream_weights.cuh): that takes no memory, and 6 % longer in the mean (experiments/2026-11-28_shipped).
 //
 // Over sm90_fused.cu: SMs share bytes, not items, so that none idles where items do not divide over SMs. On an H200, kernel
 // alone, of the floor of reading the weights: dsv3_tp8 M=1 17.9 us (1.40), M=16 126 (1.03), M=64 272 (1.01), M=256 317 (1.02);

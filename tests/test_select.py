@@ -131,13 +131,16 @@ def test_a_miss_takes_the_first_supported_variant_and_logs_the_command_once(capl
     ("shape", "num_tokens", "expected"),
     [
         (MoEShape(257, 7168, 128, 9, num_shared_experts=1), 1, "sm90_stream_in_place"),
-        (MoEShape(257, 7168, 128, 9, num_shared_experts=1), 1023, "sm90_stream_in_place"),
-        (MoEShape(257, 7168, 128, 9, num_shared_experts=1), 1024, "sm90_prefill"),
+        (MoEShape(257, 7168, 128, 9, num_shared_experts=1), 2048, "sm90_stream_in_place"),
+        (MoEShape(257, 7168, 128, 9, num_shared_experts=1), 4096, "sm90_prefill"),
         (MoEShape(8, 4096, 1792, 2), 24, "sm90_fused"),  # few experts
+        (MoEShape(8, 4096, 1792, 2), 256, "sm90_prefill"),
         (MoEShape(128, 2048, 768, 8), 24, "sm90_stream_in_place"),
-        (MoEShape(128, 2048, 768, 8), 96, "sm90_fused"),  # more rows than wide layers have tiles for
+        (MoEShape(128, 2048, 768, 8), 96, "sm90_fused"),  # small experts, wide for their size
         (MoEShape(129, 5120, 512, 2, num_shared_experts=1), 3, "sm90_fused"),  # 16 chunks of channels in all
         (MoEShape(129, 5120, 512, 2, num_shared_experts=1), 24, "sm90_stream_in_place"),
+        (MoEShape(64, 8192, 1792, 8), 24, "sm90_stream_in_place"),
+        (MoEShape(64, 8192, 1792, 8), 150, "sm90_prefill"),  # wide
         (MoEShape(128, 4096, 192, 8), 4096, "sm90_stream_in_place"),  # no other kernel serves it in place
     ],
     ids=str,

@@ -39,12 +39,10 @@ FALLBACK_ORDER = (
 against. `cuda.sm90_stream` is often the fastest, but keeps a copy of the weights, for which a caller who has measured
 nothing may not have the memory, and weights written in place would not reach it. So it comes behind what reads them
 where they lie, and before `torch.grouped`, whose copy is in bf16 and twice as large."""
-MANY_ROWS = 32
-"""Rows of an expert from which `cuda.sm90_prefill` is ahead. On 39 layers and M from 1 to 16384 it was in the mean 1.06
-times as fast as `cuda.sm90_fused` with 16 to 24 of them (24 of 31 times it was faster), 1.11 times with 32 to 40 (22 of
-27 times), and 1.6 times with more than 128 (experiments/2026-11-28_shipped)."""
-FEW_EXPERTS, WIDE, ROWS_OF_WIDE, CHUNKS_OF_ITEMS, ITEMS_AT_ONCE = 32, 512, 4, 4, 66
-"""Where `cuda.sm90_stream_in_place` is not ahead of `cuda.sm90_fused`, see ahead()."""
+FEW_EXPERTS, WIDE, CHUNKS_OF_WIDE, ITEMS_AT_ONCE, SMALL_EXPERT_BYTES, MORE_ROWS = 32, 512, 4, 66, 5e6, 4
+MANY_ROWS, MANY_ROWS_OF_WIDE, MANY_ROWS_OF_FEW_EXPERTS = 72, 16, 40
+"""What ahead() goes by: experts of a layer; its intermediate size; chunks of 128 channels of an expert, and of all that
+are hit; bytes of an expert; rows of an expert."""
 
 
 class Verdict(StrEnum):
@@ -234,20 +232,23 @@ def _untuned(variants: Mapping[str, Variant], cell: Cell, num_tokens: int, varia
 def ahead(shape: MoEShape, num_tokens: int) -> str:
     """The variant that is tried before those of FALLBACK_ORDER; "" if none is.
 
-    Of the two for few rows that read weights in place, the streaming kernel is the faster one but for layers with few
-    experts, wide layers with more rows than its tiles hold, and so few tokens that `cuda.sm90_fused` has all of a wide
-    layer's chunks of channels under way at a time (experiments/2026-11-28_shipped, experiments/2026-11-28_untuned).
+    `cuda.sm90_prefill` is ahead with many rows of an expert: more of them on narrow layers, for which
+    `cuda.sm90_stream_in_place` has tall tiles. With fewer rows the latter is ahead, but for layers with few experts,
+    wide ones of small experts with a few rows each, and so few tokens that `cuda.sm90_fused` has all of a wide layer's
+    chunks of channels under way at a time. On 44 layers and M from 1 to 16384 what is ahead was at least 0.9 times as
+    fast as the best in 605 of 610 cases (experiments/2026-11-28_shipped, experiments/2026-11-28_untuned).
     """
-    rows = shape.expected_rows(num_tokens)
-    if rows >= MANY_ROWS:
-        return PREFILL
-    num_chunks = scale_blocks(shape.intermediate_size)
+    rows, num_chunks = shape.expected_rows(num_tokens), scale_blocks(shape.intermediate_size)
+    if shape.num_experts < FEW_EXPERTS:
+        return PREFILL if rows >= MANY_ROWS_OF_FEW_EXPERTS else ""
     is_wide = shape.intermediate_size > WIDE
-    num_items = (shape.expected_experts_hit(num_tokens) + shape.num_shared_experts) * num_chunks
-    fits_at_once = num_chunks >= CHUNKS_OF_ITEMS and num_items <= ITEMS_AT_ONCE
-    if shape.num_experts < FEW_EXPERTS or (is_wide and rows >= ROWS_OF_WIDE) or fits_at_once:
+    if rows >= (MANY_ROWS_OF_WIDE if is_wide else MANY_ROWS):
+        return PREFILL
+    expert_bytes = 3 * shape.intermediate_size * shape.hidden_size
+    if is_wide and expert_bytes < SMALL_EXPERT_BYTES and rows >= MORE_ROWS:
         return ""
-    return IN_PLACE
+    num_items = (shape.expected_experts_hit(num_tokens) + shape.num_shared_experts) * num_chunks
+    return "" if num_chunks >= CHUNKS_OF_WIDE and num_items <= ITEMS_AT_ONCE else IN_PLACE
 
 
 def _default(
