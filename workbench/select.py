@@ -39,10 +39,17 @@ FALLBACK_ORDER = (
 against. `cuda.sm90_stream` is often the fastest, but keeps a copy of the weights, for which a caller who has measured
 nothing may not have the memory, and weights written in place would not reach it. So it comes behind what reads them
 where they lie, and before `torch.grouped`, whose copy is in bf16 and twice as large."""
-FEW_EXPERTS, WIDE, CHUNKS_OF_WIDE, ITEMS_AT_ONCE, SMALL_EXPERT_BYTES, MORE_ROWS = 32, 512, 4, 66, 5e6, 4
+# What ahead() goes by.
+FEW_EXPERTS = 32
+"""Of a layer: fewer are few."""
+WIDE = 512
+"""An intermediate size over this is wide."""
 MANY_ROWS, MANY_ROWS_OF_WIDE, MANY_ROWS_OF_FEW_EXPERTS = 72, 16, 40
-"""What ahead() goes by: experts of a layer; its intermediate size; chunks of 128 channels of an expert, and of all that
-are hit; bytes of an expert; rows of an expert."""
+"""Of an expert, for `cuda.sm90_prefill`: on narrow layers, on wide ones, and where experts are few."""
+SMALL_EXPERT_BYTES, ROWS_OF_SMALL_EXPERTS = 5e6, 4
+"""Weights of a small expert of a wide layer, and how many rows of it are for `cuda.sm90_fused`."""
+CHUNKS_OF_SPREAD, ITEMS_AT_ONCE = 4, 66
+"""Chunks of 128 channels of an expert, and most of them in all, where `cuda.sm90_fused` has all under way at a time."""
 
 
 class Verdict(StrEnum):
@@ -245,10 +252,10 @@ def ahead(shape: MoEShape, num_tokens: int) -> str:
     if rows >= (MANY_ROWS_OF_WIDE if is_wide else MANY_ROWS):
         return PREFILL
     expert_bytes = 3 * shape.intermediate_size * shape.hidden_size
-    if is_wide and expert_bytes < SMALL_EXPERT_BYTES and rows >= MORE_ROWS:
+    if is_wide and expert_bytes < SMALL_EXPERT_BYTES and rows >= ROWS_OF_SMALL_EXPERTS:
         return ""
     num_items = (shape.expected_experts_hit(num_tokens) + shape.num_shared_experts) * num_chunks
-    return "" if num_chunks >= CHUNKS_OF_WIDE and num_items <= ITEMS_AT_ONCE else IN_PLACE
+    return "" if num_chunks >= CHUNKS_OF_SPREAD and num_items <= ITEMS_AT_ONCE else IN_PLACE
 
 
 def _default(

@@ -3,8 +3,9 @@
     PYTHONPATH=. python experiments/2026-11-28_shipped/layers.py <traces.jsonl.gz> [<older traces.jsonl.gz>]
 
 By M, over the layers of both files under uniform routing: of the fastest call of each layer, least and most us (and per
-cent) beyond the fastest kernel; and new over old, geometric mean, of each variant's kernels, of its layer calls and of
-the fastest call.
+cent) beyond the fastest kernel; the time of the streaming kernel in place over that on a copy of the weights, geometric
+mean and the most; and new over old, geometric mean, of each variant's kernels, of its layer calls and of the fastest
+call.
 """
 
 from __future__ import annotations
@@ -48,6 +49,12 @@ def main(arguments: list[str]) -> None:
         ]
         beyond, percent = [layer - kernel for kernel, layer in pairs], [100 * (layer / us - 1) for us, layer in pairs]
         print(f"| {size} | {min(beyond):.1f} to {max(beyond):.1f} | {min(percent):.1f} to {max(percent):.1f} |")
+    copies = {key[:3]: us for key, us in new.items() if key[2:] == ("kernel", "cuda.sm90_stream")}
+    in_place = [
+        us / copies[key[:3]] for key, us in new.items() if key[3] == "cuda.sm90_stream_in_place" and key[:3] in copies
+    ]
+    if in_place:
+        print(f"\nin place over a copy: {mean(in_place)}, {max(in_place):.2f} at most")
     for old in older:
         both, older_best = {**new, **best}, {**old, **fastest(old)}
         columns = sorted({(scope, variant) for _, _, scope, variant in both})
