@@ -72,7 +72,8 @@ class _UpParams(ctypes.Structure):
         ("top_k", ctypes.c_uint32),
         ("num_experts", ctypes.c_uint32),
         ("num_h_rows", ctypes.c_uint32),
-        ("padding", ctypes.c_uint8 * 40),  # the kernel's struct is aligned to 64 bytes
+        ("num_choices", ctypes.c_uint32),
+        ("padding", ctypes.c_uint8 * 36),  # the kernel's struct is aligned to 64 bytes
     )
 
 
@@ -277,6 +278,7 @@ def _make_call(prepared: Prepared, key: tiled_inputs.Key) -> Call:
     up = _UpParams.from_buffer_copy(prepared.up_params)
     down = type(prepared.down_params).from_buffer_copy(prepared.down_params)
     up.num_h_rows = down.num_h_rows = num_h_rows(num_choices, shape.num_experts)
+    up.num_choices = num_choices
     up.num_out_rows = 0 if prepared.deterministic else num_tokens
     if isinstance(down, _DownWideParams):
         up.zeroed_row_bytes = shape.hidden_size * 2

@@ -51,7 +51,8 @@ struct Params {
     uint32_t top_k;
     uint32_t num_experts;
     uint32_t num_h_rows;
-    uint8_t padding[40];  // alignment
+    uint32_t num_choices;
+    uint8_t padding[36];  // alignment
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "the launcher's struct differs");
 
@@ -102,6 +103,10 @@ struct Operands {
                                                  uint32_t half, uint64_t policy) const {
         const uint32_t row = ((expert * 2 + half) * kNumChunks + chunk) * kGroupSize;
         tma_multicast_4d(target, p.w13, full, k * kTileK, 0, 0, row / 16, 0b11, policy);
+    }
+    __device__ __forceinline__ void prefetch_weights(uint32_t expert, uint32_t chunk, uint32_t k, uint32_t half) const {
+        const uint32_t row = ((expert * 2 + half) * kNumChunks + chunk) * kGroupSize;
+        prefetch::box_4d(p.w13, k * kTileK, 0, 0, row / 16, evict_normal_policy());
     }
 };
 
@@ -223,15 +228,31 @@ struct Activation {
     }
 };
 
-// The math threads: zeroes this CTA's part of the rows of `out`, while the first stages are on their way. Not inlined, as
-// list_jobs().
-__device__ __noinline__ void zero_out(const Params& p) {
-    const uint32_t part = ceil_div(p.num_out_rows, gridDim.x), first = part * blockIdx.x;
-    const uint32_t end = min(first + part, p.num_out_rows);
+// The math threads: zeroes the first row_bytes of this CTA's part of the rows of `out`, while the first stages are on their way.
+// Not inlined, as list_jobs().
+__device__ __noinline__ void zero_out(uint8_t* out, uint32_t num_rows, uint32_t row_bytes) {
+    const uint32_t part = ceil_div(num_rows, gridDim.x), first = part * blockIdx.x, end = min(first + part, num_rows);
+#pragma unroll 1
     for (uint32_t row = first + threadIdx.x / 32; row < end; row += kNumMathWarps) {
-        uint8_t* const target = p.out + static_cast<uint64_t>(row) * (kHiddenSize * 2);
-        for (uint32_t offset = threadIdx.x % 32 * 16; offset < p.zeroed_row_bytes; offset += 32 * 16)
+        uint8_t* const target = out + static_cast<uint64_t>(row) * (kHiddenSize * 2);
+#pragma unroll 1
+        for (uint32_t offset = threadIdx.x % 32 * 16; offset < row_bytes; offset += 32 * 16)
             *reinterpret_cast<uint4*>(target + offset) = make_uint4(0, 0, 0, 0);
+    }
+    __syncwarp();
+}
+
+// All threads of the grid: the tiles and the choices come into L2, which all CTAs read one after the other before they can load
+// anything.
+__device__ __forceinline__ void prefetch_routing(const Params& p) {
+    const uint32_t most_tiles = min(p.num_choices, p.num_experts + p.num_choices / (kClusterSize * kBlockM));
+    const uint32_t num_tile_lines = ceil_div<uint32_t>((1 + most_tiles) * sizeof(Tile), prefetch::kLineBytes);
+    const uint32_t num_lines = num_tile_lines + ceil_div<uint32_t>(p.num_choices * sizeof(int32_t), prefetch::kLineBytes);
+#pragma unroll 1
+    for (uint32_t i = blockIdx.x * kNumThreads + threadIdx.x; i < num_lines; i += gridDim.x * kNumThreads) {
+        const bool of_tiles = i < num_tile_lines;
+        const void* const array = of_tiles ? static_cast<const void*>(p.tiles) : p.sorted_choices;
+        prefetch::line(static_cast<const uint8_t*>(array) + (of_tiles ? i : i - num_tile_lines) * prefetch::kLineBytes);
     }
     __syncwarp();
 }
@@ -245,6 +266,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) sm90_prefill_up(con
         init_ring(shared.load);
         mbarrier::fence_init();
     }
+    prefetch_routing(p);
     cluster::sync();
 
     grid_dependency::wait();
@@ -253,15 +275,19 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) sm90_prefill_up(con
     const uint32_t num_tiles = p.tiles[0].expert;
     // A share waits only for later ones: they are the earlier CTAs, which are never held up by this one.
     const uint32_t num_shares = gridDim.x / kClusterSize;
-    find_share<Cost<kNumK>, !kDeterministic, kNumThreads>(
-        shared.share, shared.tail, num_shares - 1 - blockIdx.x / kClusterSize, num_shares, num_tiles * kNumChunks,
-        [&](uint32_t item) { return operands.tile(item).num_rows; });
+    const uint32_t number = num_shares - 1 - blockIdx.x / kClusterSize, num_items = num_tiles * kNumChunks;
+    if (threadIdx.x < kNumShareThreads)
+        find_share<Cost<kNumK>, !kDeterministic>(shared.share, shared.tail, number, num_shares, num_items,
+                                                 [&](uint32_t item) { return operands.tile(item).num_rows; });
+    else if (threadIdx.x >= kNumMathThreads && number < num_items)  // its first, where it has a whole one
+        Loader<Operands>(operands, shared.load).prefetch_item(number);
+    __syncthreads();
     if (threadIdx.x >= kNumMathThreads) {
         registers::decrease<kProducerRegisters>();
         Loader<Operands>(operands, shared.load).run(Pieces(shared.share, kNumK));
     } else {
         registers::increase<kMathRegisters>();
-        zero_out(p);
+        zero_out(p.out, p.num_out_rows, p.zeroed_row_bytes);
         if (blockIdx.x == 0) {
             list_jobs(shared.jobs, p.tiles, p.num_experts, p.jobs);
             if (threadIdx.x == 0) exchange::signal(p.jobs_listed);

@@ -57,10 +57,11 @@ __device__ __noinline__ void list_jobs(JobStorage& shared, const Tile* tiles, ui
     const auto cut_of = [&](uint32_t expert) { return Cut(expert == last_expert ? 0u : shared.num_rows[expert]); };
     const uint32_t last_rows = shared.num_rows[last_expert], num_last = ceil_div(last_rows, kLastJobRows);
     uint32_t sum = 0, num_blocks = 0;
-#pragma unroll
+#pragma unroll 1
     for (uint32_t i = 0; i < kPerThread; ++i) {
         const Cut cut = cut_of(first_expert + i);
         sum += cut.num_rows, num_blocks += cut.num_blocks;
+#pragma unroll 1
         for (uint32_t index = 0; index < cut.num_jobs; ++index) atomicAdd(&shared.jobs_of_size[cut.blocks(index)], 1u);
     }
     if (num_blocks > 0) atomicAdd(&shared.num_blocks, num_blocks);
@@ -68,14 +69,14 @@ __device__ __noinline__ void list_jobs(JobStorage& shared, const Tile* tiles, ui
     if (lane == 31) shared.warp_total[thread / 32] = within;
     named_barrier(kListBarrier, kNumListThreads);
     uint32_t first_row = within - sum, num_other_rows = 0;
-#pragma unroll
+#pragma unroll 1
     for (uint32_t warp = 0; warp < kNumListThreads / 32; ++warp) {
         if (warp == thread / 32) first_row += num_other_rows;
         num_other_rows += shared.warp_total[warp];
     }
     if (thread == 0) {
         uint32_t before = num_last;
-#pragma unroll
+#pragma unroll 1
         for (uint32_t blocks = kJobBlocks; blocks > 0; --blocks) {
             const uint32_t num_jobs = shared.jobs_of_size[blocks];
             shared.jobs_of_size[blocks] = before;
@@ -90,9 +91,10 @@ __device__ __noinline__ void list_jobs(JobStorage& shared, const Tile* tiles, ui
         jobs[1 + index] = make_int4(last_expert, first, min(last_rows - row, kLastJobRows), 0);
     }
     named_barrier(kListBarrier, kNumListThreads);
-#pragma unroll
+#pragma unroll 1
     for (uint32_t i = 0; i < kPerThread; ++i) {
         const Cut cut = cut_of(first_expert + i);
+#pragma unroll 1
         for (uint32_t index = 0; index < cut.num_jobs; ++index) {
             const uint32_t position = atomicAdd(&shared.jobs_of_size[cut.blocks(index)], 1u);
             const uint32_t first = first_h_row(first_expert + i, first_row) + cut.first_block(index) * kBlockRows;

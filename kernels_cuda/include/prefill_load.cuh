@@ -14,11 +14,13 @@
 //     row_scale(source_row)                     its scales, one for each step
 //     weight_scale(expert, column, half)        those of the first or second 128 weight rows, one for each step
 //     load_weights(target, full, expert, column, k, half, policy)   multicast of 128 weight rows
+//     prefetch_weights(expert, column, k, half)                     the same into L2; for prefetch_item()
 #pragma once
 #include "cluster.cuh"
 #include "copy.cuh"
 #include "elect.cuh"
 #include "mbarrier.cuh"
+#include "prefetch.cuh"
 #include "prefill_schedule.cuh"
 #include "registers.cuh"
 
@@ -118,15 +120,15 @@ struct Loader {
         float weight_scale[kScalesPerThread];
     };
 
+    // Without a branch: where there was one, ptxas 13.0 has been seen to make uniform what it holds by another predicate.
     __device__ __forceinline__ Job take(Pieces& pieces) const {
         using registers::uniform;
         const Piece piece = pieces.take();
         Job job{{}, 0, {uniform(piece.item), uniform(piece.first_k), uniform(piece.last_k)}};
-        if (!job.end()) {
-            const Tile tile = operands.tile(job.piece.item);
-            job.tile = {uniform(tile.expert), uniform(tile.first_row), uniform(tile.num_rows), uniform(tile.tiles_of_expert)};
-            job.column = operands.column(job.piece.item);
-        }
+        const uint32_t item = job.end() ? 0 : job.piece.item;
+        const Tile tile = operands.tile(item);
+        job.tile = {uniform(tile.expert), uniform(tile.first_row), uniform(tile.num_rows), uniform(tile.tiles_of_expert)};
+        job.column = operands.column(item);
         return job;
     }
 
@@ -158,6 +160,23 @@ struct Loader {
                 rows.weight_scale[i] = operands.weight_scale(job.tile.expert, job.column, half)[index - half * kNumK];
         }
         return rows;
+    }
+
+    // What the first stages of an item take comes into L2: one access of memory after another, while its share is found.
+    __device__ __forceinline__ void prefetch_item(uint32_t item) const {
+        const Job job{operands.tile(item), operands.column(item), {}};
+        if (thread < kNumStages) operands.prefetch_weights(job.tile.expert, job.column, thread, rank);
+#pragma unroll
+        for (uint32_t i = 0; i < kRowsPerLoadThread; ++i) {
+            if (own(i) >= num_rows(job)) continue;
+            const uint32_t row = operands.source_row(job.tile, first_row(job) + own(i));
+            prefetch::line(operands.row_scale(row));
+#pragma unroll
+            for (uint32_t k = 0; k < min(kNumStages, kNumK); ++k)
+                prefetch::line(operands.pieces() + operands.row_piece(row, 0) + k * operands.k_stride());
+        }
+        if (thread < 2) prefetch::line(operands.weight_scale(job.tile.expert, job.column, thread));
+        __syncwarp();
     }
 
     // The row's scales of the four steps that step k is one of.

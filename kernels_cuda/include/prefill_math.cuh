@@ -170,37 +170,32 @@ struct Math {
         }
     }
 
-    // While one partial sum is promoted the product of the other is under way.
+    // While one partial sum is promoted the product of the other is under way. The first step, which has none of a step before,
+    // promotes zeros: code of its own would cost more.
     template <uint32_t kRows, uint32_t kCount>
     __device__ __forceinline__ void add_products_in_pairs(float (&first)[kCount], float (&second)[kCount], uint32_t num_steps) {
-        float a[kRows / 2], b[kRows / 2];
-        const auto promote_first = [&] {
-            const Scales<kRows> scales(shared.scale[ring.stage][0]);
-            wgmma::wait<1>();
-            promote<kRows>(first, a, scales);
-        };
-        wait_stage();
-        wgmma::multiply_k128<kRows>(a, weights(ring.stage, 0), rows(ring.stage));
-        wgmma::multiply_k128<kRows>(b, weights(ring.stage, 1), rows(ring.stage));
-        promote_first();
+        float a[kRows / 2], b[kRows / 2] = {};
+        uint32_t previous = ring.stage;
+        uint32_t step = 0;
 #pragma unroll 1
-        for (uint32_t step = 1; step < num_steps; ++step) {
-            const uint32_t previous = ring.stage;
-            ring.advance();
+        do {
             wait_stage();
             wgmma::multiply_k128<kRows>(a, weights(ring.stage, 0), rows(ring.stage));
-            const Scales<kRows> scales(shared.scale[previous][1]);
+            const Scales<kRows> second_scales(shared.scale[previous][1]);
             wgmma::wait<1>();
-            promote<kRows>(second, b, scales);
+            promote<kRows>(second, b, second_scales);
             wgmma::multiply_k128<kRows>(b, weights(ring.stage, 1), rows(ring.stage));
-            release(previous);
-            promote_first();
-        }
-        const Scales<kRows> scales(shared.scale[ring.stage][1]);
+            if (step > 0) release(previous);
+            const Scales<kRows> first_scales(shared.scale[ring.stage][0]);
+            wgmma::wait<1>();
+            promote<kRows>(first, a, first_scales);
+            previous = ring.stage;
+            ring.advance();
+        } while (++step < num_steps);
+        const Scales<kRows> scales(shared.scale[previous][1]);
         wgmma::wait<0>();
         promote<kRows>(second, b, scales);
-        release(ring.stage);
-        ring.advance();
+        release(previous);
     }
 
     // With the least height that holds `rows`, kRows or more.
@@ -237,6 +232,7 @@ struct Math {
     __device__ __forceinline__ void multiply(const PieceOfTile& piece, uint32_t rows) {
         const Steps steps{registers::uniform(piece.first_k), registers::uniform(piece.last_k)};
         float first[kMostRows / 2] = {}, second[kMostRows / 2] = {};
+        wgmma::pin(first), wgmma::pin(second);  // zeroed here, not by the code of each height
         add_products<kLeastRows>(first, second, rows, steps.count());
         if (complete(steps, rows, first, second)) epilogue.finish(piece, rows, first, second);
         __syncwarp();  // where lanes may have parted; else the compiler takes them for parted ever after

@@ -34,6 +34,8 @@ struct Position {
 };
 
 constexpr uint32_t kMaxTail = 2 * kMaxClusters;
+constexpr uint32_t kNumShareThreads = 192;  // that find a share
+constexpr uint32_t kShareBarrier = 4;
 
 // A share: items number, number + num_shares, ... below first_tail, then begin..end.
 struct Share {
@@ -134,11 +136,11 @@ __device__ __forceinline__ void share_tail(Share& share, TailStorage& storage, u
         own = lane * kPerLane + i < num_shares && own < even ? even - own : 0u;
     }
     __syncwarp();
-    const uint32_t missing = max(sum_before<kPerLane>(cost), 1u);
+    const double of_tail = static_cast<double>(tail) / max(sum_before<kPerLane>(cost), 1u);
 #pragma unroll
     for (uint32_t i = 0; i < kPerLane; ++i) {
         uint32_t& before = cost[lane * kPerLane + i];
-        before = lane * kPerLane + i < num_shares ? static_cast<uint32_t>(static_cast<uint64_t>(before) * tail / missing) : tail;
+        before = lane * kPerLane + i < num_shares ? min(static_cast<uint32_t>(before * of_tail), tail) : tail;
     }
     if (lane == 0) cost[kMaxClusters] = tail;
 }
@@ -152,11 +154,11 @@ __device__ __forceinline__ Position position_of(const Share& share, uint32_t ite
     return {item + 1 < share.num_items ? item + 1 : kNoItem, 0};
 }
 
-// All kNumThreads threads: the share of this cluster. num_rows(item) is the rows of the item's tile.
-template <typename Cost, bool kSplitK, uint32_t kNumThreads, typename NumRows>
+// Threads 0..191, before a barrier with all that read it: the share of this cluster. num_rows(item) is the rows of the item's tile.
+template <typename Cost, bool kSplitK, typename NumRows>
 __device__ __forceinline__ void find_share(Share& share, TailStorage& storage, uint32_t number, uint32_t num_shares, uint32_t num_items,
                                            const NumRows& num_rows) {
-    static_assert(kNumThreads % kMaxClusters == 0 && kNumThreads >= kMaxTail, "whole columns, the tail at once");
+    static_assert(kNumShareThreads % kMaxClusters == 0 && kNumShareThreads >= kMaxTail, "whole columns, the tail at once");
     const uint32_t thread = threadIdx.x, column = thread % kMaxClusters;
     const uint32_t first_tail = max(num_items / num_shares, 1u) * num_shares - num_shares;
     const uint32_t tail_item = first_tail + thread;
@@ -168,18 +170,18 @@ __device__ __forceinline__ void find_share(Share& share, TailStorage& storage, u
     }
     if (thread == 0)
         share.number = number, share.num_shares = num_shares, share.num_items = num_items, share.first_tail = first_tail;
-    __syncthreads();
+    named_barrier(kShareBarrier, kNumShareThreads);
     if (column < num_shares) {
         uint32_t cost = 0;
-        const uint32_t step = kNumThreads / kMaxClusters * num_shares;
+        const uint32_t step = kNumShareThreads / kMaxClusters * num_shares;
 #pragma unroll 4
         for (uint32_t item = column + thread / kMaxClusters * num_shares; item < first_tail; item += step)
             cost += Cost::item(num_rows(item));
         atomicAdd(&share.begin_cost[column], cost);
     }
-    __syncthreads();
+    named_barrier(kShareBarrier, kNumShareThreads);
     if (thread < 32) share_tail(share, storage, num_shares);
-    __syncthreads();
+    named_barrier(kShareBarrier, kNumShareThreads);
     const uint32_t begin = share.begin_cost[number], end = share.begin_cost[number + 1];
     const uint32_t tail = share.begin_cost[kMaxClusters];
     if (thread == 0 && begin == tail) share.begin = {kNoItem, 0};
@@ -194,5 +196,4 @@ __device__ __forceinline__ void find_share(Share& share, TailStorage& storage, u
             share.cut_step_cost = Cost::step(tail_rows);
         }
     }
-    __syncthreads();
 }
