@@ -157,11 +157,9 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) sm90_prefill_down_w
     const Operands operands{p, p.tiles[0].expert};
     // A share waits only for later ones: they are the earlier CTAs, which are never held up by this one.
     const uint32_t num_shares = gridDim.x / kClusterSize;
-    if (threadIdx.x < kNumShareThreads)
-        find_share<Cost<kNumK>, !kDeterministic>(
-            shared.share, shared.tail, num_shares - 1 - blockIdx.x / kClusterSize, num_shares, operands.num_tiles * kNumGroups,
-            [&](uint32_t item) { return operands.tile(item).num_rows; });
-    __syncthreads();
+    find_share<Cost<kNumK>, !kDeterministic>(
+        shared.share, shared.tail, num_shares - 1 - blockIdx.x / kClusterSize, num_shares, operands.num_tiles * kNumGroups,
+        [&](uint32_t item) { return operands.tile(item).num_rows; }, Nothing{});
     if (threadIdx.x >= kNumMathThreads) {
         registers::decrease<kProducerRegisters>();
         Loader<Operands>(operands, shared.load).run(Pieces(shared.share, kNumK));

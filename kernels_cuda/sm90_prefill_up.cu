@@ -10,8 +10,8 @@
 // the first columns of `out`, and folds each row's weight into its scales. Its first CTA lists the jobs of the down phase.
 //
 // On an H200, with the launch before it, dsv3_tp8: 366 us at M=4096 (739 TFLOP/s), 594 at M=8192 (911 TFLOP/s):
-// experiments/2026-11-28_prefill_producers, with what holds it: at once tensor cores, shared memory, and L2. Some 1 to 2 % less
-// since epilogues are shorter: experiments/2026-11-28_short_epilogues.
+// experiments/2026-11-28_prefill_producers, with what holds it: at once tensor cores, shared memory, and L2. Some 2 to 4 % less
+// since epilogues are shorter and the first items are asked for ahead: 2026-11-28_short_epilogues, 2026-11-29_prefill_start.
 //
 // Set by the compiler's command line: HIDDEN_SIZE, NUM_CHUNKS (intermediate size / 128), BLOCK_M (64, 80, 96, 136), NUM_STAGES,
 // DETERMINISTIC (items are never split), PLAIN_SWIGLU (no limit, alpha 1, beta 0), and what the launcher passes: SMEM_BYTES of
@@ -27,6 +27,10 @@ constexpr uint32_t kNumChunks = NUM_CHUNKS;
 constexpr bool kDeterministic = DETERMINISTIC;
 constexpr bool kPlainSwiglu = PLAIN_SWIGLU;
 constexpr uint32_t kNumK = kHiddenSize / kTileK;
+
+// Of the tallest tiles load threads lack two registers where what they know of themselves is kept from the prefetch on and rows lie
+// a power of two apart; where they do not, kept it is.
+constexpr bool kLoaderAnew = kBlockM > 128 && kNumChunks > 1 && (kHiddenSize & (kHiddenSize - 1)) == 0;
 
 struct Params {
     TensorMap w13;  // [E * 2I, H], boxes of 128 rows x 128 bytes, of 16 rows first the even ones
@@ -276,15 +280,20 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) sm90_prefill_up(con
     // A share waits only for later ones: they are the earlier CTAs, which are never held up by this one.
     const uint32_t num_shares = gridDim.x / kClusterSize;
     const uint32_t number = num_shares - 1 - blockIdx.x / kClusterSize, num_items = num_tiles * kNumChunks;
-    if (threadIdx.x < kNumShareThreads)
-        find_share<Cost<kNumK>, !kDeterministic>(shared.share, shared.tail, number, num_shares, num_items,
-                                                 [&](uint32_t item) { return operands.tile(item).num_rows; });
-    else if (threadIdx.x >= kNumMathThreads && number < num_items)  // its first, where it has a whole one
-        Loader<Operands>(operands, shared.load).prefetch_item(number);
-    __syncthreads();
-    if (threadIdx.x >= kNumMathThreads) {
+    const bool loads = threadIdx.x >= kNumMathThreads;
+    Loader<Operands> loader(operands, shared.load);
+    // Its first item, where it has a whole one.
+    typename Loader<Operands>::Prefetch first_item{loader, number, loads && number < num_items};
+    find_share<Cost<kNumK>, !kDeterministic>(
+        shared.share, shared.tail, number, num_shares, num_items, [&](uint32_t item) { return operands.tile(item).num_rows; },
+        first_item);
+    if (loads) {
         registers::decrease<kProducerRegisters>();
-        Loader<Operands>(operands, shared.load).run(Pieces(shared.share, kNumK));
+        const Pieces pieces(shared.share, kNumK);
+        if constexpr (kLoaderAnew)
+            Loader<Operands>(operands, shared.load).run(pieces);
+        else
+            loader.run(pieces);
     } else {
         registers::increase<kMathRegisters>();
         zero_out(p.out, p.num_out_rows, p.zeroed_row_bytes);

@@ -37,7 +37,7 @@ def loops_over_lanes(code: str) -> list[str]:
 
 
 def conditional_reductions(code: str) -> list[str]:
-    """Those that ptxas 13.0 has been seen to put under the wrong predicate: see Loader.take() in include/prefill_load.cuh."""
+    """ptxas 13.0 has been seen to put them under the wrong predicate: see Loader.take() in include/prefill_load.cuh."""
     return re.findall(r"@!?U?P\d+ +REDUX\b.*", code)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import selectors
 import signal
 from collections.abc import Iterator
@@ -60,6 +61,7 @@ def test_each_way_to_go_wrong_ends_as_its_own_status_and_the_sweep_goes_on() -> 
     messages = [trace.message for trace in traces]
     assert messages[1].startswith("the process was killed by SIGSEGV")
     assert messages[3].startswith("no answer within 5 s")
+    assert re.search(r"it was in run \(.*faulty_variants\.py:\d+\), from ", messages[3])
     assert messages[4] == "ValueError: no tile of that size"
     assert messages[5].startswith("the process ended with exit code 3; it printed:")
     assert messages[5].endswith("an assertion in a library | last words")

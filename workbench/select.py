@@ -243,7 +243,7 @@ def ahead(shape: MoEShape, num_tokens: int) -> str:
     `cuda.sm90_stream_in_place` has tall tiles. With fewer rows the latter is ahead, but for layers with few experts,
     wide ones of small experts with a few rows each, and so few tokens that `cuda.sm90_fused` has all of a wide layer's
     chunks of channels under way at a time. On 44 layers and M from 1 to 16384 what is ahead was at least 0.9 times as
-    fast as the best in 605 of 610 cases (experiments/2026-11-28_shipped, experiments/2026-11-28_untuned).
+    fast as the best in 574 of 581 cases (experiments/2026-11-28_shipped, experiments/2026-11-28_untuned).
     """
     rows, num_chunks = shape.expected_rows(num_tokens), scale_blocks(shape.intermediate_size)
     if shape.num_experts < FEW_EXPERTS:

@@ -13,6 +13,8 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
+import resource
 import selectors
 import signal
 import subprocess
@@ -38,6 +40,8 @@ INPUTS_ALLOWANCE = 10
 """Making inputs and the reference's output may take this many time limits: no variant runs there."""
 POLL_S = 0.2
 NUM_LOG_LINES = 3
+STACK_LIMIT_S = 5.0
+"""For a child that hangs to say where."""
 CHILD_MODULE = "workbench.worker_child"
 
 Candidate = tuple[str, Config]
@@ -194,6 +198,7 @@ class _Child:
         # What the parent can import the child can: modules of variants that are nowhere installed, tests among them.
         environment["PYTHONPATH"] = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
         environment["TRITON_INTERPRET"] = "1" if interpreted else "0"
+        environment["PYTHONFAULTHANDLER"] = "1"  # an abort prints the stacks of all threads
         if interpreted:
             environment["OMP_NUM_THREADS"] = "1"  # numpy's small arrays: 2.7 times as fast as with two
         self._process = subprocess.Popen(
@@ -263,7 +268,8 @@ class _Child:
                     self._received += chunk
                     dead = dead or not chunk
                 elif not dead and time.monotonic() > deadline:
-                    raise _ChildEndedError(Status.HUNG, f"no answer within {limit_s:g} s{self._last_lines()}")
+                    printed = self._last_lines()
+                    raise _ChildEndedError(Status.HUNG, f"no answer within {limit_s:g} s{printed}{self._where_it_is()}")
                 if dead and b"\n" not in self._received:
                     raise _ChildEndedError(Status.CRASHED, _how_it_ended(self._process.wait()) + self._last_lines())
         line, self._received = self._received.split(b"\n", 1)
@@ -276,6 +282,19 @@ class _Child:
         self._log.seek(max(0, size - 4096))
         lines = [line.strip() for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
         return "; it printed: " + " | ".join(lines[-NUM_LOG_LINES:]) if lines else ""
+
+    def _where_it_is(self) -> str:
+        """Ends a child that hangs; what it was doing, on one line, the innermost call first."""
+        size = self._log.seek(0, os.SEEK_END)
+        with contextlib.suppress(ProcessLookupError):
+            resource.prlimit(self._process.pid, resource.RLIMIT_CORE, (0, 0))  # no file for the abort
+        self._process.send_signal(signal.SIGABRT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(STACK_LIMIT_S)
+        self._log.seek(size)
+        stack = self._log.read().decode(errors="replace").partition("Current thread")[2]
+        calls = re.findall(r'^  File "(.+)", line (\d+) in (.+)$', stack, re.MULTILINE)[:NUM_LOG_LINES]
+        return "; it was in " + ", from ".join(f"{name} ({file}:{line})" for file, line, name in calls) if calls else ""
 
 
 def _how_it_ended(code: int) -> str:

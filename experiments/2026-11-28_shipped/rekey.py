@@ -1,10 +1,10 @@
-"""Gives traces of cuda.sm90_prefill the digest of its sources, which have been cut into more files since they were
-measured:
+"""Gives traces of cuda.sm90_prefill the digest of its sources, which have been changed since they were measured, where
+the machine code is what it was, and leaves out those where it is not:
 
     PYTHONPATH=. python experiments/2026-11-28_shipped/rekey.py base_kernels
 
-The argument is kernels_cuda of revision c8c2880, renamed as ../2026-11-27_fused_tickets/measure.py says. Leaves without
-a change unless the launcher is the same and so is the machine code of both kernels of every layer and config here.
+The argument is kernels_cuda as measured, renamed as ../2026-11-27_fused_tickets/measure.py says. Nothing is changed if
+the launcher is not the same.
 """
 
 from __future__ import annotations
@@ -47,15 +47,22 @@ def main(package: str) -> None:
     ours = [record for record in records if record["key"]["variant"] == PREFILL]
     used = list(dict.fromkeys((key.shape, key.config) for key in (from_json(record).key for record in ours)))
     with ThreadPoolExecutor(2) as pool:
-        same = list(pool.map(is_same, used))
-    print(f"{sum(same)} of {len(same)} pairs of kernels are the same")
-    if not all(same):
-        raise SystemExit("nothing is changed")
-    digest = sources_digest(registry.find(PREFILL))
-    for record in ours:
-        record["key"]["sources"] = digest
-    with gzip.GzipFile(TRACES, "wb", 9, mtime=0) as file:
-        file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+        same = dict(zip(used, pool.map(is_same, used), strict=True))
+    print(f"{sum(same.values())} of {len(same)} pairs of kernels are the same; the others:")
+    for (shape, config), unchanged in same.items():
+        if not unchanged:
+            print(f"  {shape} {config}")
+    digest, kept = sources_digest(registry.find(PREFILL)), []
+    for record in records:
+        key = from_json(record).key
+        if key.variant == PREFILL:
+            if not same[key.shape, key.config]:
+                continue
+            record["key"]["sources"] = digest
+        kept.append(record)
+    print(f"{len(kept)} of {len(records)} traces are kept")
+    with TRACES.open("wb") as file, gzip.GzipFile("", "wb", 9, file, mtime=0) as packed:
+        packed.write("".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@
 //     row_scale(source_row)                     its scales, one for each step
 //     weight_scale(expert, column, half)        those of the first or second 128 weight rows, one for each step
 //     load_weights(target, full, expert, column, k, half, policy)   multicast of 128 weight rows
-//     prefetch_weights(expert, column, k, half)                     the same into L2; for prefetch_item()
+//     prefetch_weights(expert, column, k, half)                     the same into L2; for Prefetch
 #pragma once
 #include "cluster.cuh"
 #include "copy.cuh"
@@ -97,6 +97,7 @@ struct Loader {
     static constexpr uint32_t kPasses = ceil_div(kBlockM, 16u);
     static constexpr uint32_t kScalesPerThread = ceil_div(2 * kNumK, kNumLoadThreads);
     static constexpr uint32_t kNoRow = ~0u;
+    static constexpr uint32_t kFirstSteps = kNumStages < kNumK ? kNumStages : kNumK;  // that are prefetched
     static constexpr uint32_t kLead = 8;  // steps before its end at which a piece fetches the rows of the next
 
     const Operands& operands;
@@ -162,22 +163,42 @@ struct Loader {
         return rows;
     }
 
-    // What the first stages of an item take comes into L2: one access of memory after another, while its share is found.
-    __device__ __forceinline__ void prefetch_item(uint32_t item) const {
-        const Job job{operands.tile(item), operands.column(item), {}};
-        if (thread < kNumStages) operands.prefetch_weights(job.tile.expert, job.column, thread, rank);
-#pragma unroll
-        for (uint32_t i = 0; i < kRowsPerLoadThread; ++i) {
-            if (own(i) >= num_rows(job)) continue;
-            const uint32_t row = operands.source_row(job.tile, first_row(job) + own(i));
-            prefetch::line(operands.row_scale(row));
-#pragma unroll
-            for (uint32_t k = 0; k < min(kNumStages, kNumK); ++k)
-                prefetch::line(operands.pieces() + operands.row_piece(row, 0) + k * operands.k_stride());
+    // What the first stages of an item take comes into L2, one access of memory after another, while its share is found: see
+    // find_share().
+    struct Prefetch {
+        const Loader& loader;
+        const uint32_t item;
+        const bool is_mine;  // one of the load threads, and there is such an item
+        Job job;
+        uint32_t own_row[kRowsPerLoadThread];
+
+        __device__ __forceinline__ void first() {
+            if (is_mine) job = {loader.operands.tile(item), loader.operands.column(item), {}};
         }
-        if (thread < 2) prefetch::line(operands.weight_scale(job.tile.expert, job.column, thread));
-        __syncwarp();
-    }
+        __device__ __forceinline__ void second() {
+            if (!is_mine) return;
+            if (loader.thread < kFirstSteps)
+                loader.operands.prefetch_weights(job.tile.expert, job.column, loader.thread, loader.rank);
+            if (loader.thread < 2)
+                prefetch::line(loader.operands.weight_scale(job.tile.expert, job.column, loader.thread));
+#pragma unroll
+            for (uint32_t i = 0; i < kRowsPerLoadThread; ++i)
+                if (loader.own(i) < loader.num_rows(job))
+                    own_row[i] = loader.operands.source_row(job.tile, loader.first_row(job) + loader.own(i));
+        }
+        __device__ __forceinline__ void third() {
+            if (!is_mine) return;
+#pragma unroll
+            for (uint32_t i = 0; i < kRowsPerLoadThread; ++i) {
+                if (loader.own(i) >= loader.num_rows(job)) continue;
+                prefetch::line(loader.operands.row_scale(own_row[i]));
+#pragma unroll
+                for (uint32_t k = 0; k < kFirstSteps; ++k)
+                    prefetch::line(loader.operands.pieces() + loader.operands.row_piece(own_row[i], 0) +
+                                   k * loader.operands.k_stride());
+            }
+        }
+    };
 
     // The row's scales of the four steps that step k is one of.
     __device__ __forceinline__ float4 fetch_scales(uint32_t row, uint32_t k) const {

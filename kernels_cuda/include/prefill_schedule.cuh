@@ -35,7 +35,6 @@ struct Position {
 
 constexpr uint32_t kMaxTail = 2 * kMaxClusters;
 constexpr uint32_t kNumShareThreads = 192;  // that find a share
-constexpr uint32_t kShareBarrier = 4;
 
 // A share: items number, number + num_shares, ... below first_tail, then begin..end.
 struct Share {
@@ -154,24 +153,35 @@ __device__ __forceinline__ Position position_of(const Share& share, uint32_t ite
     return {item + 1 < share.num_items ? item + 1 : kNoItem, 0};
 }
 
-// Threads 0..191, before a barrier with all that read it: the share of this cluster. num_rows(item) is the rows of the item's tile.
-template <typename Cost, bool kSplitK, typename NumRows>
+// Has nothing to do while a share is found.
+struct Nothing {
+    __device__ __forceinline__ void first() {}
+    __device__ __forceinline__ void second() {}
+    __device__ __forceinline__ void third() {}
+};
+
+// All threads, of which the first 192 have work: the share of this cluster. num_rows(item) is the rows of the item's tile.
+// The other threads meanwhile do three things, each of which may wait for what the one before has asked memory for.
+template <typename Cost, bool kSplitK, typename NumRows, typename Meanwhile>
 __device__ __forceinline__ void find_share(Share& share, TailStorage& storage, uint32_t number, uint32_t num_shares, uint32_t num_items,
-                                           const NumRows& num_rows) {
+                                           const NumRows& num_rows, Meanwhile meanwhile) {
     static_assert(kNumShareThreads % kMaxClusters == 0 && kNumShareThreads >= kMaxTail, "whole columns, the tail at once");
     const uint32_t thread = threadIdx.x, column = thread % kMaxClusters;
+    const bool finds = thread < kNumShareThreads;
     const uint32_t first_tail = max(num_items / num_shares, 1u) * num_shares - num_shares;
     const uint32_t tail_item = first_tail + thread;
     uint32_t tail_rows = 0;
     if (thread <= kMaxClusters) share.begin_cost[thread] = 0;
+    if (!finds) meanwhile.first();
     if (thread < kMaxTail) {
         if (tail_item < num_items) tail_rows = num_rows(tail_item);
         storage.cost[thread] = tail_item < num_items ? Cost::item(tail_rows) : 0u;
     }
     if (thread == 0)
         share.number = number, share.num_shares = num_shares, share.num_items = num_items, share.first_tail = first_tail;
-    named_barrier(kShareBarrier, kNumShareThreads);
-    if (column < num_shares) {
+    __syncthreads();
+    if (!finds) meanwhile.second();
+    if (finds && column < num_shares) {
         uint32_t cost = 0;
         const uint32_t step = kNumShareThreads / kMaxClusters * num_shares;
 #pragma unroll 4
@@ -179,9 +189,10 @@ __device__ __forceinline__ void find_share(Share& share, TailStorage& storage, u
             cost += Cost::item(num_rows(item));
         atomicAdd(&share.begin_cost[column], cost);
     }
-    named_barrier(kShareBarrier, kNumShareThreads);
+    __syncthreads();
+    if (!finds) meanwhile.third();
     if (thread < 32) share_tail(share, storage, num_shares);
-    named_barrier(kShareBarrier, kNumShareThreads);
+    __syncthreads();
     const uint32_t begin = share.begin_cost[number], end = share.begin_cost[number + 1];
     const uint32_t tail = share.begin_cost[kMaxClusters];
     if (thread == 0 && begin == tail) share.begin = {kNoItem, 0};
@@ -196,4 +207,5 @@ __device__ __forceinline__ void find_share(Share& share, TailStorage& storage, u
             share.cut_step_cost = Cost::step(tail_rows);
         }
     }
+    __syncthreads();
 }
