@@ -15,11 +15,12 @@ import torch
 from kernels_cuda.compile import Cubin
 from workbench.generate import make_inputs, make_weights
 from workbench.models import shape_of_alias
-from workbench.problem import MoEShape, Workload
+from workbench.problem import MoEShape, RoutingLaw, Workload
 from workbench.variant import Config, Variant
 
 NUM_CTAS = 132
 FLUSH_BYTES = 384 << 20
+UNIFORM = RoutingLaw("uniform")
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,19 @@ def no_kernel() -> Any:
     )
 
 
-def call_on_cold_l2(variant: Variant, shape: MoEShape, num_tokens: int, config: Config, *, times: int = 3) -> None:
+def call_on_cold_l2(
+    variant: Variant,
+    shape: MoEShape,
+    num_tokens: int,
+    config: Config,
+    *,
+    routing: RoutingLaw = UNIFORM,
+    times: int = 3,
+) -> None:
     """Calls of the kernels on aligned inputs, of which the last is what a patched kernel has written down."""
     device = torch.device("cuda", 0)
     prepared = variant.prepare(make_weights(shape, seed=0, device=device))
-    inputs = make_inputs(Workload(shape, num_tokens, seed=1, input_kind="fp8"), device)
+    inputs = make_inputs(Workload(shape, num_tokens, routing, seed=1, input_kind="fp8"), device)
     aligned = variant.align(prepared, inputs, config)
     out = torch.empty(num_tokens, shape.hidden_size, dtype=torch.bfloat16, device=device)
     flush = torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device=device)

@@ -28,8 +28,8 @@ constexpr bool kDeterministic = DETERMINISTIC;
 constexpr bool kPlainSwiglu = PLAIN_SWIGLU;
 constexpr uint32_t kNumK = kHiddenSize / kTileK;
 
-// Of the tallest tiles load threads lack two registers where what they know of themselves is kept from the prefetch on and rows lie
-// a power of two apart; where they do not, kept it is.
+// Whether load threads make their Loader a second time, after the prefetch. Where they keep the first one, ptxas 13.0 spills
+// two registers with the tallest tiles, several chunks, and rows a power of two apart.
 constexpr bool kLoaderAnew = kBlockM > 128 && kNumChunks > 1 && (kHiddenSize & (kHiddenSize - 1)) == 0;
 
 struct Params {

@@ -24,6 +24,7 @@ from workbench.variant import Config
 
 MOST_MOVES_PER_PRODUCT = 2.5
 SHAPES = [shape_of_alias(alias) for alias in ("dsv3_tp16", "dsv3_tp8")]
+WIDE = MoEShape(8, 4096, 1792, 2)
 
 
 def moves_and_products(code: str) -> tuple[int, int]:
@@ -41,10 +42,12 @@ def conditional_reductions(code: str) -> list[str]:
     return re.findall(r"@!?U?P\d+ +REDUX\b.*", code)
 
 
+def assert_no_conditional_reduction(cubin: Cubin) -> None:
+    assert conditional_reductions(disassemble(cubin.path)) == []
+
+
 def assert_few_moves(cubin: Cubin) -> None:
-    code = disassemble(cubin.path)
-    assert conditional_reductions(code) == []
-    moves, products = moves_and_products(code)
+    moves, products = moves_and_products(disassemble(cubin.path))
     assert products > 0
     assert moves <= MOST_MOVES_PER_PRODUCT * products, f"{moves} moves for {products} products"
 
@@ -65,6 +68,12 @@ def test_the_phases_of_prefill(shape: MoEShape) -> None:
     for cubin in (*cubins, sm90_prefill._compile_down(shape, configs[0], False)[0]):
         assert_few_moves(cubin)
         assert_no_loop_of_arrivals(cubin)
+        assert_no_conditional_reduction(cubin)
+
+
+def test_both_phases_of_prefill_on_a_wide_layer() -> None:
+    for compile_one in (sm90_prefill._compile_up, sm90_prefill._compile_down):
+        assert_no_conditional_reduction(compile_one(WIDE, Config(max_rows=128), False)[0])
 
 
 @pytest.mark.parametrize(
@@ -86,6 +95,7 @@ def assert_stream_is_uniform(variant: SM90Stream, num_tokens: int, takes: Takes)
     if config.integer("max_rows") > 16:  # up to which products of the up phase are not those of wgmma
         assert_few_moves(cubin)
     assert_no_loop_over_lanes(cubin)
+    assert_no_conditional_reduction(cubin)
 
 
 def fused(block_m: int) -> Cubin:
@@ -97,6 +107,7 @@ def fused(block_m: int) -> Cubin:
 def test_fused(block_m: int) -> None:
     assert_few_moves(fused(block_m))
     assert_no_loop_over_lanes(fused(block_m))
+    assert_no_conditional_reduction(fused(block_m))
 
 
 def test_the_tallest_blocks_of_fused_move_more() -> None:
@@ -104,6 +115,7 @@ def test_the_tallest_blocks_of_fused_move_more() -> None:
     with pytest.raises(AssertionError, match="moves for"):
         assert_few_moves(fused(128))
     assert_no_loop_over_lanes(fused(128))
+    assert_no_conditional_reduction(fused(128))
 
 
 def test_a_conditional_reduction_is_noticed() -> None:

@@ -269,7 +269,7 @@ class _Child:
                     dead = dead or not chunk
                 elif not dead and time.monotonic() > deadline:
                     printed = self._last_lines()
-                    raise _ChildEndedError(Status.HUNG, f"no answer within {limit_s:g} s{printed}{self._where_it_is()}")
+                    raise _ChildEndedError(Status.HUNG, f"no answer within {limit_s:g} s{printed}{self._abort()}")
                 if dead and b"\n" not in self._received:
                     raise _ChildEndedError(Status.CRASHED, _how_it_ended(self._process.wait()) + self._last_lines())
         line, self._received = self._received.split(b"\n", 1)
@@ -278,12 +278,15 @@ class _Child:
 
     def _last_lines(self) -> str:
         """What the child printed last, on one line."""
-        size = self._log.seek(0, os.SEEK_END)
-        self._log.seek(max(0, size - 4096))
-        lines = [line.strip() for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
+        printed = self._printed_since(max(0, self._log.seek(0, os.SEEK_END) - 4096))
+        lines = [line.strip() for line in printed.splitlines() if line.strip()]
         return "; it printed: " + " | ".join(lines[-NUM_LOG_LINES:]) if lines else ""
 
-    def _where_it_is(self) -> str:
+    def _printed_since(self, position: int) -> str:
+        self._log.seek(position)
+        return self._log.read().decode(errors="replace")
+
+    def _abort(self) -> str:
         """Ends a child that hangs; what it was doing, on one line, the innermost call first."""
         size = self._log.seek(0, os.SEEK_END)
         with contextlib.suppress(ProcessLookupError):
@@ -291,8 +294,7 @@ class _Child:
         self._process.send_signal(signal.SIGABRT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(STACK_LIMIT_S)
-        self._log.seek(size)
-        stack = self._log.read().decode(errors="replace").partition("Current thread")[2]
+        stack = self._printed_since(size).partition("Current thread")[2]
         calls = re.findall(r'^  File "(.+)", line (\d+) in (.+)$', stack, re.MULTILINE)[:NUM_LOG_LINES]
         return "; it was in " + ", from ".join(f"{name} ({file}:{line})" for file, line, name in calls) if calls else ""
 

@@ -9,15 +9,14 @@ over all CTAs, and the mean.
 """
 
 import sys
-from unittest import mock
 
 import numpy
 import torch
 
-from experiments import calls
+from experiments.calls import call_on_cold_l2, written_down
 from kernels_cuda import sm90_prefill as sp
 from workbench.models import shape_of_alias
-from workbench.problem import MoEShape, RoutingLaw, Workload
+from workbench.problem import RoutingLaw
 
 CASES = ("dsv3_tp16:4096", "qwen3next_tp4:8192", "qwen3next_tp4:4096")
 NUM_MARKS = 16
@@ -32,14 +31,9 @@ def main() -> None:
         alias, num_tokens, law = (*case.split(":", 2), "uniform")[:3]
         shape = shape_of_alias(alias)
         config = next(iter(variant.configs(shape, int(num_tokens))))
-
-        def workload(shape: MoEShape, num_tokens: int, law: str = law, **options: object) -> Workload:
-            return Workload(shape, num_tokens, RoutingLaw.parse(law), **options)  # type: ignore[arg-type]
-
-        with mock.patch.object(calls, "Workload", workload):
-            calls.call_on_cold_l2(variant, shape, int(num_tokens), config)
+        call_on_cold_l2(variant, shape, int(num_tokens), config, routing=RoutingLaw.parse(law))
         cubins = sp._compile_up(shape, config, False)[0], sp._compile_down(shape, config, False)[0]
-        up, down = (calls.written_down(cubin, "traced", NUM_MARKS) for cubin in cubins)
+        up, down = (written_down(cubin, "traced", NUM_MARKS) for cubin in cubins)
         start = up[:, 0].min()
         print(case)
         for phase, marks, names in (("up", up, UP), ("down", down, DOWN)):

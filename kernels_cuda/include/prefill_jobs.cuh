@@ -37,7 +37,8 @@ struct Cut {
     }
 };
 
-// Threads 0..255 of one CTA. The order of jobs of one size is not fixed. Not inlined: it is called once, and within the kernel
+// Threads 0..255 of one CTA. The order of jobs of one size is not fixed. Loops are left as they are, as in scan.cuh: unrolled
+// they were a quarter of the kernel. Not inlined: it is called once, and within the kernel
 // its branches would keep the compiler from seeing what is uniform in the loops that follow.
 __device__ __noinline__ void list_jobs(JobStorage& shared, const Tile* tiles, uint32_t num_experts, int4* jobs) {
     constexpr uint32_t kPerThread = kMostExperts / kNumListThreads;
